@@ -1,0 +1,220 @@
+"""One declaration object per op: schema, reference, fake, autograd, providers, samples, cost.
+
+An `Op` is built once, in `ops/<op>/__init__.py`. Building it registers `mllmcl::<name>` with `torch.library` and puts
+it into `REGISTRY`; tests, benchmarks and `python -m mllmcl_kernels.info` walk that registry. A faster path is one more
+file in the op's folder, named after its backend (`cpp.py`, `triton.py`, `cuda.py`), that calls `op.provider(...)`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.library import Library, infer_schema
+
+from . import library
+
+__all__ = ["REGISTRY", "BadSample", "Cost", "Op", "Provider", "Sample"]
+
+log = logging.getLogger("mllmcl_kernels")
+
+NAMESPACE = "mllmcl"
+LIBRARY = Library(NAMESPACE, "DEF")
+REGISTRY: dict[str, Op] = {}
+
+#: providers tried in this order when the caller names none
+PRIORITY = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Positional arguments of one legal call of an op, and what it is an example of."""
+
+    name: str
+    args: tuple
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A call of the public function that has to raise, and a regular expression its message has to match."""
+
+    name: str
+    call: Callable[[], object]
+    error: type[Exception]
+    match: str
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Work of one call at the limit of the hardware: every input read once, every output written once."""
+
+    flops: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One implementation: `run` has the reference's signature; `supports` answers None or why these arguments do not fit."""
+
+    backend: str
+    run: Callable
+    supports: Callable[..., str | None]
+
+
+def _first_tensor(args: Iterable) -> Tensor | None:
+    for arg in args:
+        if isinstance(arg, Tensor):
+            return arg
+        if isinstance(arg, (list, tuple)) and arg and isinstance(arg[0], Tensor):
+            return arg[0]
+    return None
+
+
+def _anything(*_args) -> None:
+    return None
+
+
+@dataclass(eq=False)
+class Op:
+    """An operation `mllmcl::<name>`.
+
+    reference      plain PyTorch, runs in float64; its annotated signature is the schema
+    fake           shapes and dtypes of the outputs from the inputs', no data
+    samples        (device, dtype, seed) -> legal calls, for tests and opcheck
+    bad_samples    () -> calls of the public function that must raise
+    cost           (*args) -> Cost, for the roofline
+    setup_context, backward     the autograd formula; `backward` usually calls another Op
+    mutates        names of arguments written in place
+    autocast       names of tensor arguments cast to the autocast dtype (the rest stays as it came)
+    differentiable indices of outputs that carry gradients (None: all floating outputs)
+    tolerance      factor of the error rule where it has to differ from 2, with `tolerance_reason` in words
+    """
+
+    name: str
+    reference: Callable
+    package: str
+    fake: Callable
+    samples: Callable[[torch.device, torch.dtype, int], list[Sample]]
+    bad_samples: Callable[[], list[BadSample]] = list
+    cost: Callable[..., Cost] | None = None
+    setup_context: Callable | None = None
+    backward: Callable | None = None
+    mutates: Sequence[str] = ()
+    autocast: Sequence[str] = ()
+    tolerance: float = 2.0
+    tolerance_reason: str = ""
+    providers: dict[str, Provider] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        assert self.name not in REGISTRY, self.name
+        self.provider("reference")(self.reference)
+        schema = infer_schema(self.reference, mutates_args=set(self.mutates))
+        head, arrow, tail = schema.rpartition(") ->")
+        self.schema = f"{self.name}{head}, *, str? backend=None{arrow}{tail}"
+        LIBRARY.define(self.schema)
+        for key in ("CPU", "CUDA"):
+            LIBRARY.impl(self.name, self._run, key)
+        qualified = f"{NAMESPACE}::{self.name}"
+        torch.library.register_fake(qualified, lambda *args, backend=None: self.fake(*args), lib=LIBRARY)
+        self.overload = getattr(getattr(torch.ops, NAMESPACE), self.name).default
+        self.argument_names = [argument.name for argument in self.overload._schema.arguments if not argument.kwarg_only]
+        if self.backward is not None:
+            torch.library.register_autograd(qualified, self.backward, setup_context=self._setup_context, lib=LIBRARY)
+        if self.autocast:
+            for device in ("cpu", "cuda"):
+                LIBRARY.impl(self.name, functools.partial(self._run_autocast, device), f"Autocast{device.upper()}")
+        REGISTRY[self.name] = self
+
+    # -- calling ------------------------------------------------------------------------------------------------------
+
+    def __call__(self, *args, backend: str | None = None):
+        return self.overload(*args, backend=backend)
+
+    def _run(self, *args, backend: str | None = None):
+        return self.choose(args, backend).run(*args)
+
+    def _run_autocast(self, device: str, *args, backend: str | None = None):
+        dtype = torch.get_autocast_dtype(device)
+        cast = [
+            arg.to(dtype) if name in self.autocast and isinstance(arg, Tensor) and arg.is_floating_point() else arg
+            for name, arg in zip(self.argument_names, args)
+        ]
+        keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+        keys = keys | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return self.overload(*cast, backend=backend)
+
+    def _setup_context(self, ctx, inputs, keyword_only_inputs, output) -> None:
+        ctx.backend = keyword_only_inputs.get("backend")
+        self.setup_context(ctx, inputs, output)
+
+    # -- providers ----------------------------------------------------------------------------------------------------
+
+    def provider(self, backend: str, supports: Callable[..., str | None] = _anything) -> Callable:
+        """Decorator that adds an implementation for `backend`."""
+        assert backend in library.BACKENDS, backend
+
+        def add(run: Callable) -> Callable:
+            self.providers[backend] = Provider(backend, run, supports)
+            return run
+
+        return add
+
+    @functools.cache  # noqa: B019 (ops live as long as the process)
+    def find(self, backend: str) -> Provider | str:
+        """The provider for `backend`, its file imported on first use, or the reason why there is none here."""
+        reason = library.machine_reason(backend)
+        if reason is not None:
+            return reason
+        if backend not in self.providers:
+            module = f"{self.package}.{backend}"
+            if importlib.util.find_spec(module) is None:
+                return f"{self.name} has no {backend} implementation"
+            importlib.import_module(module)
+        return self.providers.get(backend) or f"{self.name} has no {backend} implementation"
+
+    def reason_against(self, backend: str, args: Sequence) -> str | None:
+        """None where `backend` can run this call, else why not."""
+        provider = self.find(backend)
+        if isinstance(provider, str):
+            return provider
+        tensor = _first_tensor(args)
+        device = "cpu" if tensor is None else tensor.device.type
+        wants = {"cpp": ("cpu",), "cuda": ("cuda",), "triton": ("cuda", "cpu"), "reference": ("cpu", "cuda")}[backend]
+        if device not in wants:
+            return f"{backend} runs on {' or '.join(wants)} tensors, got {device}"
+        if backend == "triton" and device == "cpu" and torch.cuda.is_available():
+            return "triton runs on cuda tensors, got cpu"
+        return provider.supports(*args)
+
+    def choose(self, args: Sequence, backend: str | None) -> Provider:
+        """The provider that runs this call: the one asked for, else the first of the device's priority that fits."""
+        if backend is not None:
+            if backend not in library.BACKENDS:
+                raise ValueError(
+                    f"{self.name}: backend must be one of {', '.join(library.BACKENDS)} or None, got {backend!r}"
+                )
+            reason = self.reason_against(backend, args)
+            if reason is not None:
+                raise ValueError(f"{self.name}: backend={backend!r} cannot run this call: {reason}")
+            return self.find(backend)
+        tensor = _first_tensor(args)
+        order = PRIORITY["cpu" if tensor is None else tensor.device.type]
+        if library.DEFAULT_BACKEND is not None:
+            order = (library.DEFAULT_BACKEND, *order)
+        for name in order:
+            reason = self.reason_against(name, args)
+            if reason is None:
+                return self.find(name)
+            self._tell_once(name, reason)
+        raise AssertionError(f"{self.name}: the reference runs everywhere")
+
+    @functools.cache  # noqa: B019
+    def _tell_once(self, backend: str, reason: str) -> None:
+        log.info("%s does not use %s: %s", self.name, backend, reason)

@@ -1,0 +1,275 @@
+"""`lora_mix`: base linear plus all LoRA experts, mixed in rank space, forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...checks import expect, expect_device, expect_floating, expect_shape, expect_tensor
+from ...dropout import draw_seed
+from ...op import Cost, Op
+from .reference import lora_mix_backward_reference, lora_mix_reference
+from .samples import backward_samples, bad_samples, samples
+
+__all__ = ["lora_mix", "lora_mix_backward_op", "lora_mix_op"]
+
+
+def _fake(x, weight, bias, lora_a, lora_b, gates, seed, ranks, scaling, trainable, dropout):
+    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], lora_a.shape[0])
+
+
+def _fake_backward(
+    dy, x, weight, lora_a, lora_b, gates, seed, s, ranks, scaling, trainable, dropout, needs
+):  # fmt: skip
+    like = (x, weight, dy[:1].view(-1) if dy.shape[0] else x.new_empty(weight.shape[0]), lora_a, lora_b, gates)
+    outputs = []
+    for need, tensor in zip(needs, like, strict=True):
+        dtype = x.dtype if tensor is None or tensor is not gates else tensor.dtype
+        outputs.append(x.new_empty(tensor.shape, dtype=dtype) if need else x.new_empty(0))
+    return tuple(outputs)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, weight, bias, lora_a, lora_b, gates, seed, ranks, scaling, trainable, dropout = inputs
+    ctx.save_for_backward(x, weight, lora_a, lora_b, gates, seed, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.has_bias = bias is not None
+    ctx.options = (ranks, scaling, trainable, dropout)
+
+
+def _backward(ctx, dy, _ds):
+    x, weight, lora_a, lora_b, gates, seed, s = ctx.saved_tensors
+    ranks, scaling, trainable, dropout = ctx.options
+    wants = ctx.needs_input_grad
+    some = any(trainable)
+    needs = [wants[0], wants[1], wants[2], wants[3] and some, wants[4] and some, wants[5]]
+    grads = lora_mix_backward_op(
+        dy, x, weight, lora_a, lora_b, gates, seed, s, ranks, scaling, trainable, dropout, needs, backend=ctx.backend
+    )
+    return (*(grad if need else None for need, grad in zip(needs, grads, strict=True)), None, None, None, None, None)
+
+
+def _cost(x, weight, bias, lora_a, lora_b, gates, *_rest) -> Cost:
+    tokens, width = x.shape
+    out, rank = lora_b.shape
+    size = x.element_size()
+    numbers = tokens * (width + out) + out * width + rank * (out + width)
+    return Cost(flops=2 * tokens * (width * out + rank * (width + out)), bytes=numbers * size)
+
+
+def _cost_backward(dy, x, weight, lora_a, lora_b, gates, *rest) -> Cost:
+    tokens, width = x.shape
+    out, rank = lora_b.shape
+    size = x.element_size()
+    numbers = tokens * (2 * width + out + rank) + out * width + 2 * rank * (out + width)
+    return Cost(flops=2 * tokens * (width * out + 2 * rank * (width + out)), bytes=numbers * size)
+
+
+lora_mix_backward_op = Op(
+    name="lora_mix_backward",
+    reference=lora_mix_backward_reference,
+    package=__name__,
+    fake=_fake_backward,
+    samples=backward_samples,
+    cost=_cost_backward,
+)
+
+lora_mix_op = Op(
+    name="lora_mix",
+    reference=lora_mix_reference,
+    package=__name__,
+    fake=_fake,
+    samples=samples,
+    bad_samples=bad_samples,
+    cost=_cost,
+    setup_context=_setup_context,
+    backward=_backward,
+    autocast=("x", "weight", "bias", "lora_a", "lora_b"),
+)
+
+
+def resolve_ranks(op: str, ranks: Sequence[int] | None, total: int, experts: int | None) -> list[int]:
+    """The ranks as a list; R / E each where none are given."""
+    if ranks is None:
+        experts = experts or 1
+        expect(total % experts == 0, op, "ranks", f"given, since R = {total} is not a multiple of E = {experts}", None)
+        return [total // experts] * experts
+    ranks = [int(rank) for rank in ranks]
+    expect(all(rank >= 0 for rank in ranks), op, "ranks", "non-negative integers", ranks)
+    expect(sum(ranks) == total, op, "ranks", f"integers that sum to R = {total} (rows of lora_a)", ranks)
+    return ranks
+
+
+def resolve_per_expert(op: str, argument: str, value, experts: int, kind: type) -> list:
+    """One value for each expert from a single value or a sequence."""
+    if isinstance(value, (bool, int, float)):
+        return [kind(value)] * experts
+    values = [kind(item) for item in value]
+    expect(len(values) == experts, op, argument, f"one {kind.__name__} or E = {experts} of them", values)
+    return values
+
+
+def check_layer(op: str, x, weight, bias, lora_a, lora_b) -> None:
+    """Types, dtypes, devices and shapes of the linear layer and its stacked adapters."""
+    for name, value, optional in (
+        ("x", x, False),
+        ("weight", weight, False),
+        ("bias", bias, True),
+        ("lora_a", lora_a, False),
+        ("lora_b", lora_b, False),
+    ):
+        expect_tensor(op, name, value, optional)
+        if value is not None:
+            expect_floating(op, name, value)
+            expect_device(op, name, value, x.device)
+    expect(x.dim() >= 1, op, "x", "of shape [..., d_in]", list(x.shape))
+    expect(weight.dim() == 2, op, "weight", "of shape [d_out, d_in]", list(weight.shape))
+    expect(lora_a.dim() == 2, op, "lora_a", "of shape [R, d_in]", list(lora_a.shape))
+    width = x.shape[-1]
+    expect(weight.shape[1] == width, op, "weight", f"[d_out, d_in] with d_in = {width} as in x", list(weight.shape))
+    expect_shape(op, "lora_a", lora_a, "[R, d_in]", (lora_a.shape[0], width))
+    expect_shape(op, "lora_b", lora_b, "[d_out, R]", (weight.shape[0], lora_a.shape[0]))
+    if bias is not None:
+        expect_shape(op, "bias", bias, "[d_out]", (weight.shape[0],))
+
+
+def flatten_gates(op: str, gates: Tensor | None, lead: torch.Size, ranks: Sequence[int]) -> Tensor | None:
+    """Gates as [G, E] or ids as [G], where the T tokens are G runs of equal length that share a row."""
+    if gates is None:
+        return None
+    experts = len(ranks)
+    floating = gates.is_floating_point()
+    if floating:
+        expect(
+            gates.dim() >= 1 and gates.shape[-1] == experts,
+            op,
+            "gates",
+            f"broadcastable to [..., E] with E = {experts}",
+            list(gates.shape),
+        )
+        outer, tail = gates.shape[:-1], (experts,)
+    else:
+        outer, tail = gates.shape, ()
+    fits = len(outer) <= len(lead) and all(have in (1, want) for have, want in zip(outer[::-1], lead[::-1]))
+    expect(fits, op, "gates", f"broadcastable to {[*lead, *(['E'] if floating else [])]}", list(gates.shape))
+    outer = (1,) * (len(lead) - len(outer)) + tuple(outer)
+    split = len(lead)
+    while split > 0 and outer[split - 1] == 1:
+        split -= 1
+    # runs of equal gates are the trailing dims of size 1; a broadcast dim before them has to be expanded
+    full = gates.reshape(*outer, *tail).expand(*lead[:split], *outer[split:], *tail)
+    return full.reshape(-1, *tail)
+
+
+def check_ids(op: str, ids: Tensor, experts: int) -> None:
+    """Range of expert ids: at once on the CPU, never with a host wait elsewhere (the kernels treat them as no expert)."""
+    if ids.device.type != "cpu" or torch.compiler.is_compiling() or ids.numel() == 0:
+        return
+    wrong = (ids < -1) | (ids >= experts)
+    if bool(wrong.any()):
+        where = int(wrong.flatten().to(torch.uint8).argmax())
+        expect(False, op, "gates", f"ids in -1..{experts - 1}", f"{int(ids.flatten()[where])} at position {where}")
+
+
+def check_dropout(op: str, dropout: float) -> float:
+    expect(
+        isinstance(dropout, (int, float)) and 0.0 <= dropout < 1.0, op, "dropout", "a probability in [0, 1)", dropout
+    )
+    return float(dropout)
+
+
+def lora_mix(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    gates: Tensor | None = None,
+    *,
+    ranks: Sequence[int] | None = None,
+    scaling: float | Sequence[float] = 1.0,
+    trainable: Sequence[bool] | None = None,
+    dropout: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """A linear layer plus its LoRA experts, mixed in rank space.
+
+        y = x W^T + b + ((drop(x) A^T) * G) B^T,    G[t, j] = gate[t, expert of j] * scaling[expert of j]
+
+    Args:
+        x: `[..., d_in]`, float32, bfloat16, float16 or float64.
+        weight, bias: the base layer, `[d_out, d_in]` and `[d_out]` or None.
+        lora_a, lora_b: the experts stacked along the rank, `[R, d_in]` and `[d_out, R]`; cast to x's dtype.
+        gates: None, every expert weighs 1; floating, broadcastable to `[..., E]`; integer, broadcastable to `[...]`,
+            the expert of each token or sample, -1 for the base layer alone.
+        ranks: E integers that sum to R; None means R / E each, with E the gates' last dimension (1 without gates).
+            Integer gates need it. It is a constant of compiled graphs, gates are not.
+        scaling: a float, or one for each expert (alpha / rank in LoRA's terms).
+        trainable: E booleans. A frozen expert adds to y and to the gradient of x, and gets none itself.
+        dropout: probability of dropping an entry of x on the LoRA path, one mask for all experts.
+        backend: "reference", "cpp", "triton", "cuda", or None to choose by device, dtype and size.
+
+    Returns:
+        y `[..., d_out]` in x's dtype. Differentiable in x, weight, bias, lora_a, lora_b and floating gates.
+
+    Raises:
+        TypeError, ValueError: a wrong type, dtype, device or shape, gates that do not broadcast, ranks that do not sum
+            to R, and, for ids on the CPU, an id outside -1..E-1 with its position. On other devices such an id selects
+            no expert.
+
+    Under autocast x, weight, bias, lora_a and lora_b go to the autocast dtype and gates stay as they are. Products
+    accumulate in float32 or better.
+
+    Source: Hu et al., LoRA (2021); the rank-space form of a mixture of LoRA experts.
+
+    >>> x, w = torch.randn(2, 3, 8), torch.randn(5, 8)
+    >>> a, b = torch.randn(4, 8), torch.randn(5, 4)
+    >>> lora_mix(x, w, None, a, b, torch.tensor([[0], [1]]), ranks=(2, 2)).shape
+    torch.Size([2, 3, 5])
+    """
+    op = "lora_mix"
+    check_layer(op, x, weight, bias, lora_a, lora_b)
+    expect_tensor(op, "gates", gates, optional=True)
+    experts = None
+    if gates is not None:
+        expect(
+            gates.dtype != torch.bool and not gates.is_complex(),
+            op,
+            "gates",
+            "floating or integer",
+            gates.dtype,
+            TypeError,
+        )
+        expect_device(op, "gates", gates, x.device)
+        if gates.is_floating_point():
+            experts = gates.shape[-1] if gates.dim() else None
+        else:
+            expect(ranks is not None, op, "ranks", "given with integer gates", None)
+    ranks = resolve_ranks(op, ranks, lora_a.shape[0], experts)
+    scaling = resolve_per_expert(op, "scaling", scaling, len(ranks), float)
+    trainable = resolve_per_expert(op, "trainable", True if trainable is None else trainable, len(ranks), bool)
+    dropout = check_dropout(op, dropout)
+    flat = flatten_gates(op, gates, x.shape[:-1], ranks)
+    if flat is not None and not flat.is_floating_point():
+        check_ids(op, flat, len(ranks))
+    elif flat is not None and flat.dtype != torch.float64:
+        flat = flat.float()
+    seed = draw_seed(x.device) if dropout > 0.0 else None
+    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    y, _ = lora_mix_op(
+        x.reshape(-1, x.shape[-1]).to(dtype),
+        weight.to(dtype),
+        None if bias is None else bias.to(dtype),
+        lora_a.to(dtype),
+        lora_b.to(dtype),
+        flat,
+        seed,
+        ranks,
+        scaling,
+        trainable,
+        dropout,
+        backend=backend,
+    )
+    return y.view(*x.shape[:-1], weight.shape[0])
