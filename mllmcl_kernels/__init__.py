@@ -1,7 +1,22 @@
 """Kernels for continual learning with LoRA experts: mixing, routing, masked updates, forward and backward."""
 
-from . import ops as _ops
 from .library import backends
+from .masks import Mask
 from .ops.lora_mix import lora_mix
+from .ops.lora_mix_routed import lora_mix_routed
+from .ops.mask_grads import mask_grads_
+from .ops.masked_adamw import masked_adamw_
+from .ops.route import Routing, route
+from .optim import MaskedAdamW
 
-__all__ = ["backends", "lora_mix"]
+__all__ = [
+    "Mask",
+    "MaskedAdamW",
+    "Routing",
+    "backends",
+    "lora_mix",
+    "lora_mix_routed",
+    "mask_grads_",
+    "masked_adamw_",
+    "route",
+]

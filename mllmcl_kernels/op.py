@@ -60,7 +60,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Provider:
-    """One implementation: `run` has the reference's signature; `supports` answers None or why these arguments do not fit."""
+    """One implementation: `run` has the reference's signature; `supports` says why arguments do not fit, or None."""
 
     backend: str
     run: Callable
@@ -143,7 +143,7 @@ class Op:
         dtype = torch.get_autocast_dtype(device)
         cast = [
             arg.to(dtype) if name in self.autocast and isinstance(arg, Tensor) and arg.is_floating_point() else arg
-            for name, arg in zip(self.argument_names, args)
+            for name, arg in zip(self.argument_names, args, strict=False)
         ]
         keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
         keys = keys | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)

@@ -152,7 +152,9 @@ def flatten_gates(op: str, gates: Tensor | None, lead: torch.Size, ranks: Sequen
         outer, tail = gates.shape[:-1], (experts,)
     else:
         outer, tail = gates.shape, ()
-    fits = len(outer) <= len(lead) and all(have in (1, want) for have, want in zip(outer[::-1], lead[::-1]))
+    fits = len(outer) <= len(lead) and all(
+        have in (1, want) for have, want in zip(outer[::-1], lead[::-1], strict=False)
+    )
     expect(fits, op, "gates", f"broadcastable to {[*lead, *(['E'] if floating else [])]}", list(gates.shape))
     outer = (1,) * (len(lead) - len(outer)) + tuple(outer)
     split = len(lead)

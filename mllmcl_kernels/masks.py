@@ -1,0 +1,140 @@
+"""`Mask`: which entries of a parameter may change, at four granularities, in one form that every masked op takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .checks import expect, expect_tensor
+
+__all__ = ["ELEMENTS", "NONE", "OWNER", "Mask", "broadcast_mask", "flatten_masks"]
+
+# how a mask tensor is read; a number >= 0 is the dimension whose rows it selects
+NONE, ELEMENTS, OWNER = -3, -2, -1
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Entries that may change (True) and entries that must not (False).
+
+    Build one with `elements`, `rows`, `experts` or `owner`. `tensor` holds uint8 0 or 1 (`owner`: the map itself),
+    `kind` says how it is read.
+    """
+
+    tensor: Tensor
+    kind: int
+    active: int = 1
+
+    @staticmethod
+    def elements(mask: Tensor) -> Mask:
+        """One bool for each entry, of the parameter's shape."""
+        _expect_bool("elements", mask)
+        return Mask(mask.to(torch.uint8), ELEMENTS)
+
+    @staticmethod
+    def rows(mask: Tensor, dim: int = 0) -> Mask:
+        """bool `[n]` over the slices of dimension `dim`."""
+        _expect_bool("rows", mask)
+        expect(mask.dim() == 1, "Mask.rows", "mask", "of shape [n]", list(mask.shape))
+        expect(dim >= 0, "Mask.rows", "dim", "a non-negative dimension", dim)
+        return Mask(mask.to(torch.uint8), dim)
+
+    @staticmethod
+    def experts(
+        mask: Tensor | Sequence[bool], ranks: Sequence[int], dim: int, *, start: int = 0, length: int | None = None
+    ) -> Mask:
+        """bool `[E]`, each expert owning `ranks[e]` consecutive slices of dimension `dim`.
+
+        A shard of the stack passes `start` and `length`, its global range of slices: FSDP2 cuts a stack wherever the
+        world size says, in the middle of an expert too.
+        """
+        mask = torch.as_tensor(mask)
+        _expect_bool("experts", mask)
+        expect(
+            mask.shape == (len(ranks),),
+            "Mask.experts",
+            "mask",
+            f"[E] with E = {len(ranks)} as in ranks",
+            list(mask.shape),
+        )
+        slices = mask.repeat_interleave(torch.tensor(list(ranks), device=mask.device))
+        length = len(slices) - start if length is None else length
+        inside = start >= 0 and length >= 0 and start + length <= len(slices)
+        expect(inside, "Mask.experts", "start, length", f"a range within the {len(slices)} slices", (start, length))
+        return Mask.rows(slices[start : start + length].contiguous(), dim)
+
+    @staticmethod
+    def owner(owners: Tensor, active: int) -> Mask:
+        """uint8 map of the parameter's shape: entries whose owner is `active` may change (PackNet)."""
+        expect_tensor("Mask.owner", "owners", owners)
+        expect(owners.dtype == torch.uint8, "Mask.owner", "owners", "of dtype uint8", owners.dtype, TypeError)
+        expect(0 <= active <= 255, "Mask.owner", "active", "an id in 0..255", active)
+        return Mask(owners, OWNER, active)
+
+    def to(self, device: torch.device | str) -> Mask:
+        """The same mask on another device."""
+        return Mask(self.tensor.to(device), self.kind, self.active)
+
+    def check(self, op: str, argument: str, parameter: Tensor) -> None:
+        """Raise ValueError unless this mask fits `parameter`."""
+        shape = list(parameter.shape)
+        if self.kind in (ELEMENTS, OWNER):
+            expect(
+                list(self.tensor.shape) == shape,
+                op,
+                argument,
+                f"of the parameter's shape {shape}",
+                list(self.tensor.shape),
+            )
+        else:
+            expect(self.kind < parameter.dim(), op, argument, f"over a dimension below {parameter.dim()}", self.kind)
+            rows = parameter.shape[self.kind]
+            expect(
+                self.tensor.shape[0] == rows,
+                op,
+                argument,
+                f"[{rows}], the length of dimension {self.kind}",
+                list(self.tensor.shape),
+            )
+        expect(self.tensor.device == parameter.device, op, argument, f"on {parameter.device}", self.tensor.device)
+
+    def expand(self, shape: Sequence[int]) -> Tensor:
+        """The mask as bool, broadcastable to a parameter of `shape`."""
+        return broadcast_mask(self.tensor, self.kind, self.active, len(shape))
+
+
+def _expect_bool(kind: str, mask: Tensor) -> None:
+    expect_tensor(f"Mask.{kind}", "mask", mask)
+    expect(mask.dtype == torch.bool, f"Mask.{kind}", "mask", "of dtype bool", mask.dtype, TypeError)
+
+
+def broadcast_mask(tensor: Tensor, kind: int, active: int, dims: int) -> Tensor:
+    """bool, broadcastable to a parameter with `dims` dimensions."""
+    if kind == NONE:
+        return torch.ones((), dtype=torch.bool, device=tensor.device)
+    if kind == ELEMENTS:
+        return tensor != 0
+    if kind == OWNER:
+        return tensor == active
+    return (tensor != 0).view(*(-1 if dim == kind else 1 for dim in range(dims)))
+
+
+def flatten_masks(
+    op: str, tensors: Sequence[Tensor], masks: Sequence[Mask | None] | None
+) -> tuple[list[Tensor], list[int], list[int]]:
+    """What the ops take: one mask tensor, kind and active id for each tensor; an empty tensor where there is none."""
+    if masks is None:
+        masks = [None] * len(tensors)
+    expect(len(masks) == len(tensors), op, "masks", f"None or one for each of the {len(tensors)} tensors", len(masks))
+    flat = []
+    for index, (tensor, mask) in enumerate(zip(tensors, masks, strict=True)):
+        if mask is None:
+            flat.append((tensor.new_empty(0, dtype=torch.uint8), NONE, 0))
+            continue
+        expect(isinstance(mask, Mask), op, f"masks[{index}]", "a Mask or None", type(mask).__name__, TypeError)
+        mask.check(op, f"masks[{index}]", tensor)
+        flat.append((mask.tensor.contiguous(), mask.kind, mask.active))
+    return [item[0] for item in flat], [item[1] for item in flat], [item[2] for item in flat]

@@ -1,0 +1,141 @@
+"""`MaskedAdamW`: AdamW with masks that really freeze, as a `torch.optim.Optimizer`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from .checks import expect
+from .masks import Mask
+from .ops.masked_adamw import masked_adamw_
+
+__all__ = ["MaskedAdamW"]
+
+
+class MaskedAdamW(torch.optim.Optimizer):
+    """AdamW whose masked-out entries keep parameter and moments bit for bit.
+
+    State and its layout are those of `torch.optim.AdamW` (`step`, `exp_avg`, `exp_avg_sq` for each parameter); masks
+    are configuration, not state. `max_norm` clips by the global norm of the gradients that the masks let through,
+    without a host wait.
+
+    Args:
+        params: parameters or parameter groups.
+        lr, betas, eps, weight_decay: as in AdamW; lr may be a tensor.
+        max_norm: clip the global norm of the masked gradients to this, None for no clipping.
+        state_dtype: dtype of the moments, None for the parameter's.
+
+    >>> layer = torch.nn.Linear(4, 4)
+    >>> optimizer = MaskedAdamW(layer.parameters(), lr=1e-3)
+    >>> optimizer.set_mask(layer.weight, Mask.rows(torch.tensor([True, False, False, False])))
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        max_norm: float | None = None,
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        op = "MaskedAdamW"
+        expect(isinstance(lr, Tensor) or lr >= 0, op, "lr", ">= 0", lr)
+        expect(all(0 <= beta < 1 for beta in betas), op, "betas", "two numbers in [0, 1)", betas)
+        expect(eps >= 0, op, "eps", ">= 0", eps)
+        expect(weight_decay >= 0, op, "weight_decay", ">= 0", weight_decay)
+        expect(max_norm is None or max_norm > 0, op, "max_norm", "positive or None", max_norm)
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.max_norm = max_norm
+        self.state_dtype = state_dtype
+        self._masks: dict[Tensor, Mask] = {}
+        #: global norm of the masked gradients at the last step, a 0-dim tensor on the device
+        self.grad_norm: Tensor | None = None
+
+    def set_mask(self, param: Tensor, mask: Mask | None) -> None:
+        """Let only the entries that `mask` allows change from the next step on; None lifts the mask."""
+        known = any(param is member for group in self.param_groups for member in group["params"])
+        expect(known, "MaskedAdamW.set_mask", "param", "a parameter of this optimizer", tuple(param.shape))
+        if mask is None:
+            self._masks.pop(param, None)
+            return
+        mask = mask.to(param.device)
+        mask.check("MaskedAdamW.set_mask", "mask", param)
+        self._masks[param] = mask
+
+    def _moments(self, param: Tensor) -> dict:
+        state = self.state[param]
+        if not state:
+            state["step"] = torch.tensor(0.0, dtype=torch.float32)
+            dtype = self.state_dtype or param.dtype
+            state["exp_avg"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+        return state
+
+    def _scale(self) -> float | Tensor:
+        """The factor that brings the norm of the masked gradients down to max_norm."""
+        if self.max_norm is None:
+            return 1.0
+        norms = []
+        for param in (param for group in self.param_groups for param in group["params"]):
+            if param.grad is not None:
+                mask = self._masks.get(param)
+                grad = param.grad if mask is None else torch.where(mask.expand(param.shape), param.grad, 0.0)
+                norms.append(torch.linalg.vector_norm(grad, dtype=torch.float32))
+        if not norms:
+            return 1.0
+        self.grad_norm = torch.linalg.vector_norm(torch.stack(norms))
+        return (self.max_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
+
+    def _only_initialises(self) -> bool:
+        """Whether this is `get_optimizer_state_dict`'s hidden first step (lr 0, zero gradients): state, but no step.
+
+        Counting it would shift every later bias correction. Looked at only while no state exists and lr is 0.
+        """
+        if self.state or any(float(group["lr"]) != 0.0 for group in self.param_groups):
+            return False
+        params = [param for group in self.param_groups for param in group["params"] if param.grad is not None]
+        if any(bool(param.grad.any()) for param in params):
+            return False
+        for param in params:
+            self._moments(param)
+        return True
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One step over all groups; parameters without a gradient are left alone."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._only_initialises():
+            return loss
+        scale = self._scale()
+        for group in self.param_groups:
+            by_step: dict[float, list[Tensor]] = {}
+            for param in group["params"]:
+                if param.grad is not None:
+                    state = self._moments(param)
+                    state["step"] += 1.0
+                    by_step.setdefault(float(state["step"]), []).append(param)
+            # parameters that joined at different times stand at different steps
+            for count, params in by_step.items():
+                states = [self.state[param] for param in params]
+                masked_adamw_(
+                    params,
+                    [param.grad for param in params],
+                    [state["exp_avg"] for state in states],
+                    [state["exp_avg_sq"] for state in states],
+                    [self._masks.get(param) for param in params],
+                    step=max(count, 1.0),
+                    lr=group["lr"],
+                    betas=group["betas"],
+                    eps=group["eps"],
+                    weight_decay=group["weight_decay"],
+                    grad_scale=scale,
+                )
+        return loss
