@@ -92,7 +92,7 @@ class Op:
     setup_context, backward     the autograd formula; `backward` usually calls another Op
     mutates        names of arguments written in place
     autocast       names of tensor arguments cast to the autocast dtype (the rest stays as it came)
-    differentiable indices of outputs that carry gradients (None: all floating outputs)
+    constants      names of floating tensor arguments that get no gradient
     tolerance      factor of the error rule where it has to differ from 2, with `tolerance_reason` in words
     """
 
@@ -107,6 +107,7 @@ class Op:
     backward: Callable | None = None
     mutates: Sequence[str] = ()
     autocast: Sequence[str] = ()
+    constants: Sequence[str] = ()
     tolerance: float = 2.0
     tolerance_reason: str = ""
     providers: dict[str, Provider] = field(default_factory=dict)

@@ -166,7 +166,7 @@ def flatten_gates(op: str, gates: Tensor | None, lead: torch.Size, ranks: Sequen
 
 
 def check_ids(op: str, ids: Tensor, experts: int) -> None:
-    """Range of expert ids: at once on the CPU, never with a host wait elsewhere (the kernels treat them as no expert)."""
+    """Range of expert ids: at once on the CPU, never with a host wait elsewhere, where a wrong id selects no expert."""
     if ids.device.type != "cpu" or torch.compiler.is_compiling() or ids.numel() == 0:
         return
     wrong = (ids < -1) | (ids >= experts)

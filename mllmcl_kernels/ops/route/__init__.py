@@ -81,6 +81,7 @@ route_op = Op(
     cost=_cost,
     setup_context=_setup_context,
     backward=_backward,
+    constants=("noise",),
     autocast=("x", "weight", "bias"),
 )
 
