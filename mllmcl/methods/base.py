@@ -1,0 +1,153 @@
+"""What a method is: options, a few class facts for the methods table, and the hooks it needs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ..models import MLLM
+    from ..streams import Sample, Stream, Task
+
+__all__ = ["LoraMethod", "Method", "Phase"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """One training run within a task.
+
+    name: for logs. samples: what it trains on. epochs, learning_rate: None takes the run's.
+    """
+
+    name: str
+    samples: Sequence[Sample]
+    epochs: float | None = None
+    learning_rate: float | None = None
+
+
+@dataclass(kw_only=True)
+class Method:
+    """Base of all methods: hooks that do nothing.
+
+    The training loop calls, for each task: `on_task_start`, then for each of `phases(...)`: `on_phase_start` and its
+    steps (`before_forward`, `loss`, `before_step`, `after_step`), then `on_task_end`, then evaluation with `mllm.router`
+    as the method has set it. `on_task_start` and `on_task_end` may run twice for one task, after a resume; what
+    `state_tensors` and `state_values` give is saved with every checkpoint and handed to `load_state`.
+    """
+
+    name: ClassVar[str] = ""
+    summary: ClassVar[str] = ""
+    source: ClassVar[str] = ""
+    stores: ClassVar[str] = ""
+    at_test: ClassVar[str] = ""
+    deviations: ClassVar[str] = "none"
+    #: used where the run's configuration names none
+    learning_rate: ClassVar[float] = 1e-3
+
+    mllm: Any = field(default=None, init=False, repr=False)
+    stream: Any = field(default=None, init=False, repr=False)
+
+    def setup(self, mllm: MLLM, stream: Stream) -> None:
+        """Put into the model what the method needs, once, before any state is loaded."""
+        self.mllm, self.stream = mllm, stream
+
+    def index_of(self, task: Task) -> int:
+        """Position of a task in the stream."""
+        return next(index for index, other in enumerate(self.stream.tasks) if other.name == task.name)
+
+    def on_task_start(self, task: Task) -> None:
+        """Before a task: grow, freeze, say what trains."""
+
+    def training_samples(self, task: Task) -> Sequence[Sample]:
+        """What the task trains on."""
+        return task.train
+
+    def phases(self, task: Task) -> list[Phase]:
+        """The training runs of a task, in order."""
+        return [Phase(name="train", samples=self.training_samples(task))]
+
+    def on_phase_start(self, task: Task, phase: Phase) -> None:
+        """Before the steps of a phase, and again when a run resumes inside it."""
+
+    def before_forward(self, samples: Sequence[Sample]) -> contextlib.AbstractContextManager:
+        """The context a step runs in, forward and backward: which experts act."""
+        return contextlib.nullcontext()
+
+    def loss(self, batch, loss: Tensor) -> Tensor:
+        """The loss of a step from the answer loss."""
+        return loss
+
+    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Gradients are complete and not clipped yet."""
+
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Parameters have moved, gradients are still there."""
+
+    def on_task_end(self, task: Task) -> None:
+        """After the last step of a task: merge, store, take statistics."""
+
+    def parameter_masks(self) -> dict:
+        """Masks of parameters, name to `mllmcl_kernels.Mask`, for the optimiser: frozen experts by default."""
+        return self.mllm.parameter_masks() if self.mllm.experts is not None else {}
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """What the method stores beside the model's trainable tensors."""
+        return {}
+
+    def state_values(self) -> dict:
+        """The same, for what JSON holds."""
+        return {}
+
+    def load_state(self, tensors: dict[str, Tensor], values: dict) -> None:
+        """Take back what `state_tensors` and `state_values` gave."""
+
+
+@dataclass(kw_only=True)
+class LoraMethod(Method):
+    """Options of every method that trains LoRA experts on the language tower.
+
+    Args:
+        rank: rank of an expert.
+        alpha: scaling is alpha / rank.
+        dropout: on the input of the LoRA path.
+        targets: "all-linear", suffixes, or full names.
+        train_projector: whether the projector (or the expert's copy of it) trains along.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.05
+    targets: str | list[str] = "all-linear"
+    train_projector: bool = True
+
+    num_experts: ClassVar[int] = 1
+    router_score: ClassVar[str | None] = None
+
+    def setup(self, mllm: MLLM, stream: Stream) -> None:
+        super().setup(mllm, stream)
+        mllm.add_experts(
+            self._num_experts(),
+            self.rank,
+            self.alpha,
+            targets=self.targets,
+            dropout=self.dropout,
+            router=self.router_score,
+            projector_experts=self._projector_experts(),
+        )
+
+    def _num_experts(self) -> int:
+        return self.num_experts
+
+    def _projector_experts(self) -> bool:
+        return False
+
+    def on_task_start(self, task: Task) -> None:
+        mllm = self.mllm
+        mllm.set_trainable(
+            [True] * mllm.experts.num_experts, projector=self.train_projector, router=self.router_score is not None
+        )
