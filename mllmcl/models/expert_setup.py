@@ -1,0 +1,123 @@
+"""Putting expert layers into a model, growing them, and naming what of it may train."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from mllmcl_kernels import Mask
+
+from .experts import SCORES, ExpertLinear, ExpertProjectorLinear, ExpertState
+from .targets import linear_names, match_targets
+
+__all__ = ["experts_added", "experts_grown", "masks_of", "parameters_that_may_train"]
+
+
+def _each(name: str, value, num: int, kind: type) -> tuple:
+    """One positive number for each expert."""
+    values = [value] * num if isinstance(value, (int, float)) else list(value)
+    if len(values) != num:
+        raise ValueError(f"{name}: expected one number or {num} of them, got {len(values)}")
+    if any(isinstance(item, bool) or item != kind(item) or item <= 0 for item in values):
+        raise ValueError(f"{name}: expected positive {kind.__name__}s, got {values}")
+    return tuple(kind(item) for item in values)
+
+
+def _put(model: nn.Module, path: str, layer: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    layer.train(model.get_submodule(path).training)
+    setattr(model.get_submodule(parent), name, layer)
+
+
+def _check(num_experts: int, dropout: float, router: str | None, router_top_k: int | None) -> None:
+    if num_experts < 1:
+        raise ValueError(f"num_experts: expected at least 1, got {num_experts}")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
+    if router is not None and router not in SCORES:
+        raise ValueError(f"router: expected None or one of {', '.join(SCORES)}, got {router!r}")
+    if router_top_k is not None and (router is None or not 1 <= router_top_k <= num_experts):
+        raise ValueError(f"router_top_k: expected 1..{num_experts} together with a router, got {router_top_k}")
+
+
+def experts_added(
+    mllm, num_experts, rank, alpha, *, targets, dropout, router, router_top_k, projector_experts
+) -> None:  # fmt: skip
+    """See `MLLM.add_experts`."""
+    if mllm.experts is not None:
+        raise ValueError(f"there are {mllm.experts.num_experts} experts already; append more with grow_experts")
+    _check(num_experts, dropout, router, router_top_k)
+    ranks = _each("rank", rank, num_experts, int)
+    alphas = _each("alpha", alpha, num_experts, float)
+    names = match_targets(linear_names(mllm.model, mllm.language_path), targets)
+    projector = []
+    if projector_experts:
+        projector = [] if mllm.projector_path is None else linear_names(mllm.model, mllm.projector_path)
+        if not projector:
+            raise ValueError(f"projector_experts: {type(mllm.model).__name__} has no projector with linear layers")
+    state = ExpertState(
+        ranks=ranks,
+        scaling=tuple(a / r for a, r in zip(alphas, ranks, strict=True)),
+        trainable=(True,) * num_experts,
+        dropout=dropout,
+        router=router,
+        router_top_k=router_top_k,
+    )
+    mllm.experts = state
+    for path in names:
+        mllm.expert_layers[path] = ExpertLinear(mllm.model.get_submodule(path), state, path)
+        _put(mllm.model, path, mllm.expert_layers[path])
+    for path in projector:
+        mllm.projector_layers[path] = ExpertProjectorLinear(mllm.model.get_submodule(path), state, path)
+        _put(mllm.model, path, mllm.projector_layers[path])
+
+
+def experts_grown(mllm, num: int, rank: int | Sequence[int] | None, alpha) -> None:
+    """See `MLLM.grow_experts`."""
+    state = mllm.experts
+    if state is None:
+        raise ValueError("there are no experts to grow, call add_experts first")
+    if num < 1:
+        raise ValueError(f"num: expected at least 1, got {num}")
+    ranks = _each("rank", state.ranks[-1] if rank is None else rank, num, int)
+    alphas = _each("alpha", state.scaling[-1] * state.ranks[-1] if alpha is None else alpha, num, float)
+    state.ranks += ranks
+    state.scaling += tuple(a / r for a, r in zip(alphas, ranks, strict=True))
+    state.trainable += (True,) * num
+    for layer in mllm.expert_layers.values():
+        layer.grow(sum(ranks), num)
+        layer.lora_a.requires_grad_(True)
+        layer.lora_b.requires_grad_(True)
+    for layer in mllm.projector_layers.values():
+        layer.grow(num)
+
+
+def parameters_that_may_train(mllm) -> dict[str, nn.Parameter]:
+    """Name to parameter of the experts, routers and projector, whether they train now or not."""
+    found = {}
+    for path, layer in mllm.expert_layers.items():
+        found[f"{path}.lora_a"] = layer.lora_a
+        found[f"{path}.lora_b"] = layer.lora_b
+        if layer.router_weight is not None:
+            found[f"{path}.router_weight"] = layer.router_weight
+    if mllm.projector_path is not None:
+        for name, parameter in mllm.model.get_submodule(mllm.projector_path).named_parameters():
+            found[f"{mllm.projector_path}.{name}"] = parameter
+    return found
+
+
+def masks_of(mllm) -> dict[str, Mask]:
+    """See `MLLM.parameter_masks`."""
+    masks: dict[str, Mask] = {}
+    state = mllm.experts
+    for path, layer in mllm.expert_layers.items():
+        for name, dim in (("lora_a", 0), ("lora_b", 1)):
+            masks[f"{path}.{name}"] = Mask.experts(state.trainable, state.ranks, dim).to(layer.lora_a.device)
+    for path, layer in mllm.projector_layers.items():
+        rows = Mask.rows(torch.tensor(state.trainable, device=layer.expert_weight.device))
+        masks[f"{path}.expert_weight"] = rows
+        if layer.expert_bias is not None:
+            masks[f"{path}.expert_bias"] = rows
+    return masks

@@ -1,0 +1,342 @@
+"""Expert layers: a frozen linear with a stack of LoRA experts, and a projector linear of which each expert owns a copy.
+
+All layers of a model share one `ExpertState`. It says how many experts there are and which of them act now; the mixing
+itself is `mllmcl_kernels.lora_mix` and `lora_mix_routed`.
+"""
+
+# B samples, S positions, K in, N out, E experts, R sum of ranks, M images, P rows of an image
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mllmcl_kernels import lora_mix, lora_mix_routed
+
+__all__ = ["ExpertLinear", "ExpertProjectorLinear", "ExpertState", "Selection", "select"]
+
+SCORES = ("softmax", "sigmoid", "cosine")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Which experts act, and on what, during one forward pass. Made by `select`.
+
+    gates: None (learned router if there is one, else every expert weighs 1), float `[E]` or `[B, E]`, or int64 `[B]`.
+    uniform: the expert of every sample where that is known on the host; -1 is the base model.
+    token_mask: bool `[B, S]`, False where a position must not count in routing statistics.
+    image_index: int64 `[M]`, the sample of each image; None means one image for each sample in order.
+    image_rows: projector rows of each image where they come packed.
+    """
+
+    gates: Tensor | None = None
+    uniform: int | None = None
+    token_mask: Tensor | None = None
+    image_index: Tensor | None = None
+    image_rows: tuple[int, ...] | None = None
+
+    def gates_for(self, x: Tensor) -> Tensor | None:
+        """The gates with dimensions of size 1 put in, so that they broadcast over the positions of `x`."""
+        gates = self.gates
+        if gates is None or (gates.is_floating_point() and gates.dim() == 1):
+            return gates
+        return gates.view(gates.shape[0], *[1] * (x.dim() - 2), *gates.shape[1:])
+
+
+@dataclass(kw_only=True)
+class ExpertState:
+    """What all expert layers of a model share.
+
+    ranks, scaling, trainable: one entry for each expert, scaling = alpha / rank.
+    dropout: on the input of the LoRA path, in training mode only.
+    router: score of the learned in-layer router, "softmax", "sigmoid" or "cosine"; None without one.
+    router_top_k: experts kept for each token; None keeps all.
+    router_options: further keyword arguments of `mllmcl_kernels.lora_mix_routed`.
+    collect: keep the last `Routing` of each layer in `routings`, for auxiliary losses and load statistics.
+    """
+
+    ranks: tuple[int, ...]
+    scaling: tuple[float, ...]
+    trainable: tuple[bool, ...]
+    dropout: float = 0.0
+    router: str | None = None
+    router_top_k: int | None = None
+    router_options: dict = field(default_factory=dict)
+    collect: bool = False
+    routings: dict = field(default_factory=dict)
+    selection: Selection = field(default_factory=Selection)
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.ranks)
+
+    @property
+    def gates(self) -> Tensor | None:
+        return self.selection.gates
+
+    def rows(self, expert: int) -> slice:
+        """The rank rows of `expert` in a stack."""
+        start = sum(self.ranks[:expert])
+        return slice(start, start + self.ranks[expert])
+
+    def loads(self) -> dict[str, Tensor]:
+        """Layer name to the load `[E]` of the last pass, on the device; needs `collect`."""
+        return {path: routing.load.detach() for path, routing in self.routings.items()}
+
+    @contextlib.contextmanager
+    def using(self, selection: Selection) -> Iterator[None]:
+        """Make `selection` the current one."""
+        before, self.selection = self.selection, selection
+        try:
+            yield
+        finally:
+            self.selection = before
+
+    def recompute_contexts(self) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
+        """For activation checkpointing: recompute with the experts of the forward pass, whatever is current then."""
+        collect = self.collect
+        return contextlib.nullcontext(), self._recomputing(self.selection, collect)
+
+    @contextlib.contextmanager
+    def _recomputing(self, selection: Selection, collect: bool) -> Iterator[None]:
+        before, self.collect = self.collect, False
+        try:
+            with self.using(selection):
+                yield
+        finally:
+            self.collect = before
+
+
+def select(state: ExpertState, gates, device: torch.device) -> Selection:
+    """Check `gates` and bring them to `device`.
+
+    Args:
+        gates: None, "off", a float tensor `[E]` or `[B, E]`, or int64 ids `[B]` (a tensor or a list), -1 = base alone.
+
+    Raises:
+        TypeError, ValueError: another type or shape, or, for ids on the CPU, an id outside -1..E-1.
+    """
+    experts = state.num_experts
+    if gates is None:
+        return Selection(uniform=0 if experts == 1 and state.router is None else None)
+    if isinstance(gates, str):
+        if gates != "off":
+            raise ValueError(f'gates: expected None, "off", a float tensor or integer ids, got {gates!r}')
+        return Selection(uniform=-1)
+    if not isinstance(gates, Tensor):
+        gates = torch.as_tensor(gates)
+    if gates.is_floating_point():
+        if gates.dim() not in (1, 2) or gates.shape[-1] != experts:
+            raise ValueError(f"gates: expected floats [E] or [B, E] with E = {experts}, got {list(gates.shape)}")
+        return Selection(gates=gates.to(device))
+    if gates.dtype == torch.bool or gates.is_complex():
+        raise TypeError(f"gates: expected floats or integer ids, got {gates.dtype}")
+    if gates.dim() != 1:
+        raise ValueError(f"gates: expected ids of shape [B], got {list(gates.shape)}")
+    uniform = None
+    if gates.device.type == "cpu" and gates.numel():
+        # where the ids are on the host, a batch of one expert is known as such and needs only that expert's rows
+        low, high = (int(value) for value in gates.aminmax())
+        if low < -1 or high >= experts:
+            raise ValueError(f"gates: expected ids in -1..{experts - 1}, got {low if low < -1 else high}")
+        uniform = low if low == high else None
+    return Selection(gates=gates.to(device=device, dtype=torch.int64), uniform=uniform)
+
+
+def fresh_lora_a(num_rows: int, width: int, device: torch.device) -> Tensor:
+    """A rows as PEFT draws them, Kaiming uniform with a = sqrt(5); from the CPU's generator on every device."""
+    a_RK = torch.empty(num_rows, width)
+    nn.init.kaiming_uniform_(a_RK, a=math.sqrt(5))
+    return a_RK.to(device)
+
+
+def fresh_router(num_experts: int, width: int, device: torch.device) -> Tensor:
+    return torch.empty(num_experts, width).normal_(0.0, 0.02).to(device)
+
+
+class ExpertLinear(nn.Module):
+    """A frozen linear plus its LoRA experts, float32 and stacked in rank space.
+
+        y = x W^T + b + ((drop(x) A^T) * G) B^T
+
+    Holds `.weight` `[N, K]` and `.bias` of the base layer (the very parameters), `.lora_a` `[R, K]`, `.lora_b` `[N, R]`
+    and `.router_weight` `[E, K]` or None. Input and output are `[B, S, K]` and `[B, S, N]`.
+    """
+
+    def __init__(self, base: nn.Linear, state: ExpertState, path: str):
+        super().__init__()
+        self.state = state
+        self.path = path
+        self.weight = base.weight
+        self.bias = base.bias
+        self.in_features, self.out_features = base.in_features, base.out_features
+        device, total = base.weight.device, sum(state.ranks)
+        self.lora_a = nn.Parameter(fresh_lora_a(total, self.in_features, device))
+        self.lora_b = nn.Parameter(torch.zeros(self.out_features, total, device=device))
+        router = None if state.router is None else fresh_router(state.num_experts, self.in_features, device)
+        self.router_weight = None if router is None else nn.Parameter(router)
+
+    def grow(self, num_rows: int, num_experts: int) -> None:
+        """Append `num_rows` rank rows of `num_experts` new experts; the old ones are copied bit for bit."""
+        device = self.lora_a.device
+        new_a = fresh_lora_a(num_rows, self.in_features, device)
+        new_b = torch.zeros(self.out_features, num_rows, device=device)
+        self.lora_a = _regrown(self.lora_a, new_a, dim=0)
+        self.lora_b = _regrown(self.lora_b, new_b, dim=1)
+        if self.router_weight is not None:
+            router = fresh_router(num_experts, self.in_features, device)
+            self.router_weight = _regrown(self.router_weight, router, dim=0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state, selection = self.state, self.state.selection
+        if selection.uniform == -1:
+            return F.linear(x, self.weight, self.bias)
+        dropout = state.dropout if self.training else 0.0
+        if selection.uniform is not None:
+            expert, rows = selection.uniform, state.rows(selection.uniform)
+            return lora_mix(
+                x,
+                self.weight,
+                self.bias,
+                self.lora_a[rows],
+                self.lora_b[:, rows],
+                ranks=(state.ranks[expert],),
+                scaling=(state.scaling[expert],),
+                trainable=(state.trainable[expert],),
+                dropout=dropout,
+            )
+        gates = selection.gates_for(x)
+        if gates is None and self.router_weight is not None:
+            return self._routed(x, selection, dropout)
+        return lora_mix(
+            x,
+            self.weight,
+            self.bias,
+            self.lora_a,
+            self.lora_b,
+            gates,
+            ranks=state.ranks,
+            scaling=state.scaling,
+            trainable=state.trainable,
+            dropout=dropout,
+        )
+
+    def _routed(self, x: Tensor, selection: Selection, dropout: float) -> Tensor:
+        state = self.state
+        y, routing = lora_mix_routed(
+            x,
+            self.weight,
+            self.bias,
+            self.lora_a,
+            self.lora_b,
+            self.router_weight,
+            top_k=state.router_top_k,
+            score=state.router,
+            token_mask=selection.token_mask if state.collect else None,
+            ranks=state.ranks,
+            scaling=state.scaling,
+            trainable=state.trainable,
+            dropout=dropout,
+            **state.router_options,
+        )
+        if state.collect:
+            state.routings[self.path] = routing
+        return y
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, ranks={self.state.ranks}"
+
+
+class ExpertProjectorLinear(nn.Module):
+    """A linear of the projector of which every expert owns a full float32 copy; -1 is the frozen base.
+
+    Holds the base `.weight` `[N, K]` and `.bias`, and `.expert_weight` `[E, N, K]`, `.expert_bias` `[E, N]` or None,
+    which start as copies of the base. The input is one slice for each image, `[M, P, K]`, or the rows of all images
+    packed, `[rows, K]`. Copies are chosen whole, so gates have to be ids.
+    """
+
+    def __init__(self, base: nn.Linear, state: ExpertState, path: str):
+        super().__init__()
+        self.state = state
+        self.path = path
+        self.weight = base.weight
+        self.bias = base.bias
+        self.expert_weight = nn.Parameter(_copies(base.weight, state.num_experts))
+        self.expert_bias = None if base.bias is None else nn.Parameter(_copies(base.bias, state.num_experts))
+
+    def grow(self, num_experts: int) -> None:
+        """Append copies of the base for `num_experts` new experts."""
+        self.expert_weight = _regrown(self.expert_weight, _copies(self.weight, num_experts), dim=0)
+        if self.bias is not None:
+            self.expert_bias = _regrown(self.expert_bias, _copies(self.bias, num_experts), dim=0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        selection = self.state.selection
+        if selection.uniform is not None:
+            weight, bias = self._one(selection.uniform)
+            return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        if selection.gates is None or selection.gates.is_floating_point():
+            raise ValueError(
+                f"{self.path}: projector copies are chosen whole, so gates have to be expert ids [B], got "
+                f"{'None' if selection.gates is None else 'floats'}; wrap the call in use_experts(ids)"
+            )
+        ids_M = selection.gates if selection.image_index is None else selection.gates[selection.image_index]
+        if x.dim() == 3 and x.shape[0] == ids_M.shape[0]:
+            return self._per_image(x, ids_M)
+        rows = selection.image_rows
+        if x.dim() == 2 and rows is not None and sum(rows) == x.shape[0]:
+            x_MPK = nn.utils.rnn.pad_sequence(x.split(rows), batch_first=True)
+            y_MPN = self._per_image(x_MPK, ids_M)
+            return torch.cat([y[:count] for y, count in zip(y_MPN, rows, strict=True)])
+        raise ValueError(
+            f"{self.path}: expected [M, P, K] with M = {ids_M.shape[0]} images or packed rows {rows}, "
+            f"got {list(x.shape)}"
+        )
+
+    def _one(self, expert: int) -> tuple[Tensor, Tensor | None]:
+        if expert == -1:
+            return self.weight, self.bias
+        weight, bias = self.expert_weight[expert], None if self.bias is None else self.expert_bias[expert]
+        if self.state.trainable[expert]:
+            return weight, bias
+        return weight.detach(), None if bias is None else bias.detach()
+
+    def _chosen(self, stack: Tensor, base: Tensor, ids_M: Tensor) -> Tensor:
+        """The copy of each image `[M, ...]`; frozen experts and the base get no gradient."""
+        lead = (-1, *[1] * base.dim())
+        chosen = stack.index_select(0, ids_M.clamp(min=0))
+        if not all(self.state.trainable):
+            trains = torch.tensor(self.state.trainable).to(ids_M.device, non_blocking=True)[ids_M.clamp(min=0)]
+            chosen = torch.where(trains.view(lead), chosen, chosen.detach())
+        return torch.where((ids_M < 0).view(lead), base.to(chosen.dtype), chosen)
+
+    def _per_image(self, x_MPK: Tensor, ids_M: Tensor) -> Tensor:
+        weight_MNK = self._chosen(self.expert_weight, self.weight, ids_M).to(x_MPK.dtype)
+        if self.bias is None:
+            return torch.bmm(x_MPK, weight_MNK.mT)
+        bias_MN = self._chosen(self.expert_bias, self.bias, ids_M).to(x_MPK.dtype)
+        return torch.baddbmm(bias_MN[:, None, :], x_MPK, weight_MNK.mT)
+
+
+def _copies(base: Tensor, num: int) -> Tensor:
+    return base.detach().float().expand(num, *base.shape).clone()
+
+
+def _regrown(old: nn.Parameter, new: Tensor, dim: int) -> nn.Parameter:
+    return nn.Parameter(torch.cat((old.detach(), new), dim=dim), requires_grad=old.requires_grad)
+
+
+def with_batch(selection: Selection, token_mask: Tensor | None, image_index: Sequence[int], image_rows) -> Selection:
+    """`selection` for one batch: where its pads and images are."""
+    if selection.uniform is not None:
+        return selection
+    index = None
+    if selection.gates is not None and not selection.gates.is_floating_point():
+        index = torch.as_tensor(image_index, dtype=torch.int64).to(selection.gates.device, non_blocking=True)
+    return replace(selection, token_mask=token_mask, image_index=index, image_rows=tuple(image_rows))

@@ -1,0 +1,559 @@
+"""`MLLM`: one object for a multimodal LLM of any family, its experts, its batches, its loss and its answers."""
+
+# B samples, S positions, n answer tokens, V vocabulary, E experts, P feature tokens of an image
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mllmcl_kernels import Mask
+
+from . import families
+from .batch import IGNORE, Batch, Encoded, pad_rows
+from .expert_setup import experts_added, experts_grown, masks_of, parameters_that_may_train
+from .experts import ExpertLinear, ExpertProjectorLinear, ExpertState, select, with_batch
+from .families.base import first_module
+from .features import FeatureCache, image_key
+from .generation import greedy
+
+__all__ = ["MLLM"]
+
+#: head options that would change logits after the head; models with them are refused rather than scored wrongly
+LOGIT_OPTIONS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+
+
+class MLLM:
+    """A multimodal LLM with a frozen base.
+
+    Made by `from_pretrained` or `compose`. Attributes: `model` (the module), `processor`, `tokenizer`, `device`,
+    `dtype`, `family`, `experts` (an `ExpertState`, None before `add_experts`), `expert_layers` (full name to
+    `ExpertLinear`), `projector_layers`, `router` (a callable `samples -> int64 ids [B]`, or None).
+    """
+
+    def __init__(self, model: nn.Module, processor, tokenizer):
+        self.model = model.requires_grad_(False)
+        self.processor = processor
+        self.tokenizer = tokenizer
+        self.family = families.find(model.config.model_type)
+        self.experts: ExpertState | None = None
+        self.expert_layers: dict[str, ExpertLinear] = {}
+        self.projector_layers: dict[str, ExpertProjectorLinear] = {}
+        self.router: Callable[[Sequence], Tensor] | None = None
+        self.features = FeatureCache()
+        self._vision_identity: str | None = None
+        self._prompt_parts: tuple[str, str] | None = None
+        self._anchor: tuple[str, list[int]] | None = None
+        self._refuse_unknown_heads()
+        path = first_module(model, self.family.language)
+        if path is None:
+            raise ValueError(
+                f"the family {self.family.name!r} finds no language tower in {type(model).__name__} "
+                f"(looked for {', '.join(self.family.language)})"
+            )
+        self.language_path = path
+        self.vision_path = first_module(model, self.family.vision)
+        self.projector_path = first_module(model, self.family.projector)
+        #: the model without its head
+        self.trunk = model if not hasattr(model, "base_model") else model.base_model
+        self.head = model.get_output_embeddings()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_folder: str | os.PathLike,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> MLLM:
+        """Any image-text-to-text model of transformers, with its processor."""
+        from transformers import AutoModelForImageTextToText
+
+        model = AutoModelForImageTextToText.from_pretrained(name_or_folder, dtype=dtype).eval().to(device)
+        processor = families.find(model.config.model_type).processor(name_or_folder)
+        return cls(model, processor, processor.tokenizer)
+
+    @classmethod
+    def compose(
+        cls,
+        *,
+        vision: str | nn.Module,
+        language: str | nn.Module,
+        projector: str = "mlp2x_gelu",
+        tokenizer=None,
+        num_layers: int | None = None,
+        image_size: int | None = None,
+        select_layer: int = -2,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> MLLM:
+        """The LLaVA recipe from two backbones; the projector starts from torch's generator.
+
+        Args:
+            vision: "efficientnet-lite0", a name or folder of transformers, or an encoder module.
+            language: "smollm2-135m-instruct", a name or folder of transformers, or a causal LM with `tokenizer`.
+            num_layers: keep only the first layers of SmolLM2, for quick tests.
+            image_size: of EfficientNet-Lite0, a multiple of 32.
+            select_layer: hidden layer of a transformers vision model.
+        """
+        from .composed import ComposedModel, load_language
+        from .vision import load_vision
+
+        language_model, tokenizer = load_language(language, tokenizer, num_layers, dtype)
+        model = ComposedModel(load_vision(vision, select_layer, image_size), language_model, projector)
+        return cls(model.to(device=device, dtype=dtype).eval(), tokenizer, tokenizer)
+
+    # -- what it is
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.head.weight.dtype
+
+    @property
+    def prompt_parts(self) -> tuple[str, str]:
+        """What a composed model's prompt has before and after image and question."""
+        if self._prompt_parts is None:
+            from .families.composed import template_parts
+
+            self._prompt_parts = template_parts(self.tokenizer)
+        return self._prompt_parts
+
+    def train(self, mode: bool = True) -> MLLM:
+        """Training mode: dropout on, checkpointing on where enabled. The vision tower stays in evaluation mode."""
+        self.model.train(mode)
+        if self.vision_path is not None:
+            self.model.get_submodule(self.vision_path).eval()
+        return self
+
+    def eval(self) -> MLLM:
+        return self.train(False)
+
+    def describe(self) -> str:
+        """Trainable parameters, the layers with experts and the experts, as text."""
+        parameters = list(self.model.named_parameters())
+        total = sum(value.numel() for _, value in parameters)
+        trains = [(name, value) for name, value in parameters if value.requires_grad]
+        count = sum(value.numel() for _, value in trains)
+        lines = [
+            f"{type(self.model).__name__}, family {self.family.name}: {count:,} of {total:,} parameters train "
+            f"({100 * count / total:.2f} %), in {len(trains)} tensors"
+        ]
+        if self.experts is not None:
+            state = self.experts
+            lines.append(
+                f"experts: {state.num_experts}, ranks {state.ranks}, scaling {state.scaling}, "
+                f"trainable {state.trainable}, dropout {state.dropout}, router {state.router}, "
+                f"top-k {state.router_top_k}"
+            )
+            lines.append(f"expert layers ({len(self.expert_layers)}):")
+            lines += [f"  {path}" for path in self.expert_layers]
+            lines += [f"  {path} (a copy for each expert)" for path in self.projector_layers]
+        return "\n".join(lines)
+
+    def _refuse_unknown_heads(self) -> None:
+        config = getattr(self.model.config, "text_config", self.model.config)
+        for name in LOGIT_OPTIONS:
+            if getattr(config, name, None) not in (None, 1, 1.0):
+                raise ValueError(f"{type(self.model).__name__} changes its logits by {name}, which is not supported")
+
+    # -- experts
+
+    def add_experts(
+        self,
+        num_experts: int,
+        rank: int | Sequence[int],
+        alpha: float | Sequence[float],
+        targets: str | Sequence[str] = "all-linear",
+        dropout: float = 0.05,
+        router: str | None = None,
+        router_top_k: int | None = None,
+        projector_experts: bool = False,
+    ) -> MLLM:
+        """Put a stack of LoRA experts beside linears of the language tower.
+
+        Args:
+            num_experts: how many; all start trainable.
+            rank, alpha: one value, or one for each expert. scaling = alpha / rank.
+            targets: "all-linear" for the seven kinds of a decoder layer, or see `targets.match_targets`.
+            dropout: on the input of the LoRA path, in training mode.
+            router: None, or "softmax", "sigmoid" or "cosine" for a learned in-layer router.
+            router_top_k: experts kept for each token; None keeps all.
+            projector_experts: each expert also owns a copy of the projector's linears.
+
+        Raises:
+            ValueError: experts are there already, a target matches nothing, or a number is out of range.
+        """
+        experts_added(
+            self,
+            num_experts,
+            rank,
+            alpha,
+            targets=targets,
+            dropout=dropout,
+            router=router,
+            router_top_k=router_top_k,
+            projector_experts=projector_experts,
+        )
+        return self
+
+    def grow_experts(
+        self, num: int, rank: int | Sequence[int] | None = None, alpha: float | Sequence[float] | None = None
+    ) -> MLLM:
+        """Append `num` experts, trainable; the old ones stay bit for bit.
+
+        Parameters are replaced by larger ones, so an optimizer has to be made anew. `rank` and `alpha` default to those
+        of the last expert.
+        """
+        experts_grown(self, num, rank, alpha)
+        return self
+
+    def set_trainable(
+        self, experts: Sequence[bool] | None = None, *, projector: bool = False, router: bool = False
+    ) -> MLLM:
+        """Say what trains: `requires_grad` of the parameters, and which experts of a stack get a gradient.
+
+        Args:
+            experts: one boolean for each expert; None leaves them as they are.
+            projector: the experts' copies where there are any, else the projector itself.
+            router: the in-layer routers.
+        """
+        state = self.experts
+        if experts is not None:
+            if state is None:
+                raise ValueError("experts: there are none, call add_experts first")
+            if len(experts) != state.num_experts:
+                raise ValueError(f"experts: expected {state.num_experts} booleans, got {len(experts)}")
+            state.trainable = tuple(bool(value) for value in experts)
+        if router and (state is None or state.router is None):
+            raise ValueError("router: there is no learned router, give add_experts one")
+        if projector and self.projector_path is None:
+            raise ValueError(f"projector: {type(self.model).__name__} has none that its family knows")
+        some = state is not None and any(state.trainable)
+        for layer in self.expert_layers.values():
+            layer.lora_a.requires_grad_(some)
+            layer.lora_b.requires_grad_(some)
+            if layer.router_weight is not None:
+                layer.router_weight.requires_grad_(router)
+        if self.projector_layers:
+            for layer in self.projector_layers.values():
+                layer.expert_weight.requires_grad_(projector and some)
+                if layer.expert_bias is not None:
+                    layer.expert_bias.requires_grad_(projector and some)
+        elif self.projector_path is not None:
+            self.model.get_submodule(self.projector_path).requires_grad_(projector)
+        return self
+
+    @contextlib.contextmanager
+    def use_experts(self, gates) -> Iterator[MLLM]:
+        """Within the context these experts act.
+
+        Args:
+            gates: None (the learned router if there is one, else every expert weighs 1), "off" (the base alone), a
+                float tensor `[E]` or `[B, E]`, or int64 ids `[B]` (-1 = the base alone; one batch may mix).
+        """
+        if self.experts is None:
+            if gates is not None and not (isinstance(gates, str) and gates == "off"):
+                raise ValueError("gates: there are no experts, call add_experts first")
+            yield self
+            return
+        with self.experts.using(select(self.experts, gates, self.device)):
+            yield self
+
+    def base_model_only(self) -> contextlib.AbstractContextManager:
+        """`use_experts("off")`."""
+        return self.use_experts("off")
+
+    def parameter_masks(self) -> dict[str, Mask]:
+        """Name to `mllmcl_kernels.Mask` of every stack of experts, for `MaskedAdamW`: True at trainable experts."""
+        return masks_of(self)
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """Name to data of everything that may train: experts, routers, projector. Not copied: clone to keep."""
+        return {name: value.detach() for name, value in parameters_that_may_train(self).items()}
+
+    def load_trainable_state(self, state: dict[str, Tensor]) -> None:
+        """Copy `state` into the parameters.
+
+        Raises:
+            ValueError: names missing, names left over, or shapes that differ, with the first of them.
+        """
+        own = parameters_that_may_train(self)
+        missing = [name for name in own if name not in state]
+        extra = [name for name in state if name not in own]
+        wrong = [
+            f"{name}: expected {list(own[name].shape)}, got {list(state[name].shape)}"
+            for name in own
+            if name in state and state[name].shape != own[name].shape
+        ]
+        problems = [("missing", missing), ("left over", extra), ("of another shape", wrong)]
+        told = [
+            f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if names[3:] else ''})"
+            for what, names in problems
+            if names
+        ]
+        if told:
+            raise ValueError(f"state does not fit the model: {'; '.join(told)}")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(state[name])
+
+    def enable_checkpointing(self) -> MLLM:
+        """Recompute decoder layers in the backward pass, with the experts of the forward pass."""
+        options = {"use_reentrant": False, "context_fn": self._recompute_contexts}
+        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        return self
+
+    def _recompute_contexts(self):
+        # asked for in the forward pass; the backward pass may run after use_experts has ended
+        if self.experts is None:
+            return contextlib.nullcontext(), contextlib.nullcontext()
+        return self.experts.recompute_contexts()
+
+    # -- batches
+
+    def collate(self, samples: Sequence, *, with_answers: bool) -> Batch:
+        """Samples to tensors: right padded with labels for training, left padded prompts for generation."""
+        if not samples:
+            raise ValueError("samples: expected at least one")
+        encoded = self.family.encode(self, samples)
+        return self._padded(samples, encoded, self._answers(encoded, samples) if with_answers else None)
+
+    def _answers(self, encoded: Encoded, samples: Sequence) -> list[list[int]]:
+        """Token ids of each answer and the end token, as they are after the last character of the prompt."""
+        if self._anchor is None:
+            last = self.family.prompt(self, "?", False)[-1]
+            self._anchor = last, self.tokenizer(last, add_special_tokens=False)["input_ids"]
+        last, anchor = self._anchor
+        # a prompt that ends in a word is followed by a space, which belongs to the answer's first token
+        space = "" if last.isspace() else " "
+        texts = [f"{last}{space}{sample.answer}" for sample in samples]
+        rows = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        answers = []
+        for sample, row in zip(samples, rows, strict=True):
+            if row[: len(anchor)] != anchor:
+                raise ValueError(
+                    f"samples: the answer {sample.answer!r} of {sample.id!r} melts into the prompt's end {last!r}"
+                )
+            answers.append([*row[len(anchor) :], self.tokenizer.eos_token_id])
+        return answers
+
+    def _padded(self, samples: Sequence, encoded: Encoded, answers: list[list[int]] | None) -> Batch:
+        left = answers is None
+        tails = answers or [[] for _ in samples]
+        rows = [[*prompt, *tail] for prompt, tail in zip(encoded.ids, tails, strict=True)]
+        input_ids = pad_rows(rows, self.pad_id, left)
+        attention_mask = pad_rows([[1] * len(row) for row in rows], 0, left)
+        extras = {
+            name: pad_rows([[*row, *[0] * len(tail)] for row, tail in zip(values, tails, strict=True)], 0, left)
+            for name, values in encoded.token_extras.items()
+        }
+        inputs = {**encoded.images, **extras}
+        positions = self.family.positions(self, {"input_ids": input_ids, **inputs}, attention_mask)
+        image_token = self.model.config.image_token_id
+        counts = [row.count(image_token) for row in encoded.ids]
+        batch = Batch(
+            sample_ids=tuple(sample.id for sample in samples),
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=positions,
+            inputs=inputs,
+            image_index=tuple(index for index, count in enumerate(counts) if count),
+            image_rows=tuple(count for count in counts if count),
+            **({} if left else _labels(encoded.ids, answers, input_ids.shape[1])),
+        )
+        return batch.to(self.device)
+
+    @property
+    def pad_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return self.tokenizer.eos_token_id if pad is None else pad
+
+    def image_features(self, samples: Sequence) -> Tensor:
+        """Frozen vision features before the projector, `[n, P, d]` on the model's device; each image is encoded once.
+
+        Where images have unequal token counts (packed models), P is 1: the mean over an image's tokens.
+        """
+        lacks = [sample.id for sample in samples if sample.image is None]
+        if lacks:
+            raise ValueError(f"samples: every sample needs an image, {lacks[0]!r} has none")
+        if self._vision_identity is None:
+            self._vision_identity = self._identity()
+        size = getattr(getattr(self.model, "vision", None), "image_size", None)
+        keys = [image_key(self._vision_identity, size, sample) for sample in samples]
+        found = self.features.get(keys, lambda at: self.family.vision_features(self, [samples[i] for i in at]))
+        if len({value.shape for value in found}) > 1:
+            found = [value.mean(0, keepdim=True) for value in found]
+        return torch.stack(found).to(self.device)
+
+    def _identity(self) -> str:
+        # weights are read only where a name has to hold between runs
+        if self.features.folder is None:
+            return "this model"
+        from .vision import weights_identity
+
+        path = self.vision_path
+        return f"{weights_identity(self.model.get_submodule(path) if path else self.model)} {self.dtype}"
+
+    def cache_images(self, folder: str | os.PathLike | None) -> MLLM:
+        """Keep image features in `folder` between runs; None keeps them in memory only."""
+        self.features = FeatureCache(folder)
+        self._vision_identity = None
+        return self
+
+    # -- forward
+
+    def hidden_states(self, batch: Batch) -> Tensor:
+        """Output of the language tower before its head, `[B, S, D]`."""
+        with self._in_batch(batch):
+            return self._forward(
+                batch.input_ids, batch.attention_mask, batch.position_ids, batch.inputs
+            ).last_hidden_state
+
+    def answer_hidden(self, batch: Batch) -> Tensor:
+        """Hidden states `[n, D]` that predict the answer tokens, for losses that hold the head themselves."""
+        if batch.answer_positions is None:
+            raise ValueError("batch: it has no answers, collate with with_answers=True")
+        return self.hidden_states(batch).flatten(0, 1).index_select(0, batch.answer_positions)
+
+    def answer_logits(self, batch: Batch) -> Tensor:
+        """Logits `[n, V]` that predict `batch.answer_labels`; no other position goes through the head."""
+        return self.head(self.answer_hidden(batch))
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Mean cross entropy over answer and end tokens, a float32 scalar."""
+        return F.cross_entropy(self.answer_logits(batch).float(), batch.answer_labels)
+
+    def _in_batch(self, batch: Batch) -> contextlib.AbstractContextManager:
+        state = self.experts
+        if state is None:
+            return contextlib.nullcontext()
+        mask = batch.attention_mask.bool() if state.collect else None
+        return state.using(with_batch(state.selection, mask, batch.image_index, batch.image_rows))
+
+    def _forward(self, input_ids, attention_mask, position_ids, inputs, past_key_values=None, use_cache=False):
+        return self.trunk(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **inputs,
+        )
+
+    # -- answers
+
+    def generate(
+        self, samples: Sequence, experts="route", *, max_new_tokens: int = 16, batch_size: int = 32
+    ) -> list[str]:
+        """Greedy answers, batched; one batch may mix experts.
+
+        Args:
+            experts: "route" (`self.router` where it is set, else the in-layer router or every expert), "current" (what
+                an enclosing `use_experts` says), or gates as in `use_experts`; ids and `[n, E]` floats are one row a
+                sample.
+            max_new_tokens: at most so many tokens for each answer, the end token included.
+            batch_size: samples decoded together; prompts of like length share a batch.
+
+        Returns:
+            Stripped text without special tokens, in the order of `samples`.
+        """
+        for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+        samples = list(samples)
+        was_training = self.model.training
+        self.eval()
+        try:
+            gates = self._resolve(samples, experts)
+            answers = [""] * len(samples)
+            order = sorted(range(len(samples)), key=lambda at: len(samples[at].question))
+            for start in range(0, len(order), batch_size):
+                at = order[start : start + batch_size]
+                texts = self._answer([samples[i] for i in at], _rows(gates, at, len(samples)), max_new_tokens)
+                for index, text in zip(at, texts, strict=True):
+                    answers[index] = text
+            return answers
+        finally:
+            self.train(was_training)
+
+    def _resolve(self, samples: Sequence, experts):
+        if not isinstance(experts, str):
+            gates = experts if experts is None or isinstance(experts, Tensor) else torch.as_tensor(experts)
+        elif experts == "route":
+            gates = None if self.router is None else self.router(samples)
+        elif experts in ("current", "off"):
+            return experts
+        else:
+            raise ValueError(f'experts: expected "route", "current", "off", ids, floats or None, got {experts!r}')
+        per_sample = gates is not None and not (gates.is_floating_point() and gates.dim() == 1)
+        if per_sample and gates.shape[0] != len(samples):
+            raise ValueError(f"experts: expected one row for each of {len(samples)} samples, got {gates.shape[0]}")
+        return gates
+
+    def _answer(self, samples: Sequence, gates, max_new_tokens: int) -> list[str]:
+        batch = self.collate(samples, with_answers=False)
+        current = isinstance(gates, str) and gates == "current"
+
+        def forward(input_ids, mask, positions, inputs, cache):
+            return self._forward(input_ids, mask, positions, inputs, cache, use_cache=True)
+
+        with (
+            torch.inference_mode(),
+            contextlib.nullcontext() if current else self.use_experts(gates),
+            self._in_batch(batch),
+        ):
+            tokens = greedy(
+                forward,
+                self.head,
+                batch,
+                max_new_tokens=max_new_tokens,
+                end_ids=self.end_ids,
+                pad_id=self.pad_id,
+            )
+        return [text.strip() for text in self.tokenizer.batch_decode(tokens.tolist(), skip_special_tokens=True)]
+
+    @property
+    def end_ids(self) -> Tensor:
+        """Tokens that end an answer: the tokenizer's and those of the model's generation config."""
+        owner = getattr(self.model, "language", self.model)
+        configured = getattr(getattr(owner, "generation_config", None), "eos_token_id", None)
+        ids = {self.tokenizer.eos_token_id}
+        ids.update(configured if isinstance(configured, (list, tuple)) else [configured])
+        return torch.tensor(sorted(ids - {None}), device=self.device)
+
+
+def _rows(gates, at: list[int], num_samples: int):
+    """The rows of `gates` for the samples `at`; constant gates as they are."""
+    if not isinstance(gates, Tensor) or (gates.is_floating_point() and gates.dim() == 1):
+        return gates
+    return gates[at]
+
+
+def _labels(prompts: list[list[int]], answers: list[list[int]], width: int) -> dict[str, Tensor]:
+    """Labels, and where the answer tokens are predicted, of right-padded rows."""
+    labels = pad_rows(
+        [[*[IGNORE] * len(prompt), *answer] for prompt, answer in zip(prompts, answers, strict=True)],
+        IGNORE,
+        left=False,
+    )
+    # the output at a position predicts the next token
+    positions = [
+        row * width + len(prompt) - 1 + step
+        for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
+        for step in range(len(answer))
+    ]
+    tokens = [token for answer in answers for token in answer]
+    return {
+        "labels": labels,
+        "answer_positions": torch.tensor(positions),
+        "answer_labels": torch.tensor(tokens),
+    }
