@@ -60,9 +60,6 @@ class ComposedModel(nn.Module):
     def get_input_embeddings(self) -> nn.Module:
         return self.language.get_input_embeddings()
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict) -> None:
-        self.language.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs)
-
     def embed(self, input_ids: Tensor, image_features: Tensor | None) -> Tensor:
         """Token embeddings `[B, S, D]` with the projected features `[M, P, vision width]` at the image positions."""
         at_image = input_ids == IMAGE_TOKEN_ID

@@ -200,12 +200,13 @@ class ExpertLinear(nn.Module):
         dropout = state.dropout if self.training else 0.0
         if selection.uniform is not None:
             expert, rows = selection.uniform, state.rows(selection.uniform)
+            is_alone = state.num_experts == 1
             return lora_mix(
                 x,
                 self.weight,
                 self.bias,
-                self.lora_a[rows],
-                self.lora_b[:, rows],
+                self.lora_a if is_alone else self.lora_a[rows],
+                self.lora_b if is_alone else self.lora_b[:, rows],
                 ranks=(state.ranks[expert],),
                 scaling=(state.scaling[expert],),
                 trainable=(state.trainable[expert],),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from mllmcl.files import atomic_write
 
 __all__ = ["FeatureCache", "image_key"]
 
@@ -69,16 +70,7 @@ class FeatureCache:
 
         name = hashlib.blake2b("".join(sorted(features)).encode(), digest_size=16).hexdigest()
         path = self.folder / f"{name}.safetensors"
-        handle, partial = tempfile.mkstemp(dir=self.folder, suffix=".partial")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(save({key: value.contiguous() for key, value in features.items()}))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        except BaseException:
-            Path(partial).unlink(missing_ok=True)
-            raise
+        atomic_write(path, save({key: value.contiguous() for key, value in features.items()}))
         self.files.update(dict.fromkeys(features, path))
 
     def get(self, keys: Sequence[str], compute: Callable[[list[int]], Sequence[Tensor]]) -> list[Tensor]:

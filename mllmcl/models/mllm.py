@@ -309,7 +309,12 @@ class MLLM:
     def enable_checkpointing(self) -> MLLM:
         """Recompute decoder layers in the backward pass, with the experts of the forward pass."""
         options = {"use_reentrant": False, "context_fn": self._recompute_contexts}
-        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        # the name that transformers keeps from version 6 on, where it is known
+        language = getattr(self.model, "language", self.model)
+        if hasattr(language, "activation_checkpointing_enable"):
+            language.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+        else:
+            language.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
         return self
 
     def _recompute_contexts(self):

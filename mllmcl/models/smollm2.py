@@ -6,12 +6,13 @@ dequantised values fit neither bfloat16 nor float16, so the folder keeps float32
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from pathlib import Path
 
 import torch
+
+from mllmcl.files import fsync_file, fsync_folder
 
 __all__ = ["folder", "load"]
 
@@ -42,14 +43,14 @@ def convert(gguf: Path, target: Path) -> None:
         model.save_pretrained(partial)
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(partial)
         for path in partial.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            fsync_file(path)
         try:
             partial.rename(target)
         except OSError:
             # another process finished first
             if not (target / "config.json").exists():
                 raise
+        fsync_folder(target.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

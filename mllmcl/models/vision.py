@@ -33,8 +33,6 @@ class HFVision(nn.Module):
         self.select_layer = select_layer
         self.hidden_size = model.config.hidden_size
         self.image_size = model.config.image_size
-        patch = model.config.patch_size
-        self.num_tokens = (self.image_size // patch) ** 2
         self.requires_grad_(False)
 
     def preprocess(self, images: Sequence) -> Tensor:

@@ -165,7 +165,8 @@ def test_pads_do_not_count_in_the_load(build):
     (routing,) = mllm.experts.routings.values()
     mask = mllm.collate(samples, with_answers=True).attention_mask.bool()
     assert not bool(mask.all())
-    torch.testing.assert_close(routing.importance, routing.gates[mask].mean(0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(routing.importance, routing.gates[mask].sum(0), rtol=1e-4, atol=1e-4)
+    assert float(routing.load.sum()) == 2 * int(mask.sum())
 
 
 # -- projector
@@ -215,7 +216,7 @@ def test_projector_copies_need_ids(mllm, samples):
 
 @pytest.mark.parametrize("checkpointed_before", [False, True])
 def test_gradients_are_the_same_with_checkpointing(build, family, samples, checkpointed_before):
-    """Every trainable tensor has a non-zero gradient, and recomputation after the context ends sees the same experts."""
+    """Every trainable tensor has a gradient, and recomputing after the context has ended sees the same experts."""
     outcomes = []
     for checkpoint in (False, True):
         mllm = build(family)
@@ -239,6 +240,7 @@ def test_gradients_are_the_same_with_checkpointing(build, family, samples, check
         for name, grad in trains.items():
             assert grad is not None and grad.abs().max() > 0, name
         outcomes.append((loss.detach(), trains))
+        assert len(mllm.generate(samples, [0, 1] * 4, max_new_tokens=2)) == 8
     assert torch.equal(outcomes[0][0], outcomes[1][0])
     for name, grad in outcomes[0][1].items():
         torch.testing.assert_close(outcomes[1][1][name], grad, rtol=1e-4, atol=1e-6, msg=name)
@@ -303,7 +305,7 @@ def test_growing_keeps_old_experts_bit_for_bit(mllm, samples):
     mllm.add_experts(2, rank=[2, 3], alpha=6, router="softmax", projector_experts=True, dropout=0.0)
     fill_experts(mllm)
     old = {name: value.clone() for name, value in mllm.trainable_state().items()}
-    before = logits(mllm, samples, [0, 1] * 4)
+    alone, mixed = logits(mllm, samples, [1] * 8), logits(mllm, samples, [0, 1] * 4)
     mllm.grow_experts(2, rank=[1, 4])
     assert mllm.experts.ranks == (2, 3, 1, 4)
     assert mllm.experts.scaling == (3.0, 2.0, 6.0, 1.5)
@@ -315,7 +317,9 @@ def test_growing_keeps_old_experts_bit_for_bit(mllm, samples):
     for path, layer in mllm.projector_layers.items():
         assert torch.equal(layer.expert_weight[:2], old[f"{path}.expert_weight"])
         assert torch.equal(layer.expert_weight[2], layer.weight)
-    assert torch.equal(logits(mllm, samples, [0, 1] * 4), before)
+    assert torch.equal(logits(mllm, samples, [1] * 8), alone)
+    # in a mixed batch the products have another shape, so the sums may round in another order
+    torch.testing.assert_close(logits(mllm, samples, [0, 1] * 4), mixed, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(logits(mllm, samples, [2] * 8), logits(mllm, samples, "off"), rtol=1e-5, atol=1e-5)
 
 
@@ -325,7 +329,7 @@ def test_lora_a_is_drawn_as_peft_does(build):
     (layer,) = mllm.expert_layers.values()
     bound = 1 / layer.in_features**0.5
     assert layer.lora_a.abs().max() <= bound
-    assert float(layer.lora_a.std()) == pytest.approx(bound / 3**0.5, rel=0.05)
+    assert float(layer.lora_a.detach().std()) == pytest.approx(bound / 3**0.5, rel=0.05)
     torch.manual_seed(5)
     again = build("composed")
     torch.manual_seed(7)
