@@ -5,13 +5,14 @@
     with FolderLock("run"):
         ...
 
-Everything temporary is named `.tmp-<name>-<pid>` or `.trash-<name>-<pid>`, so that what a killed process left behind can be
-told from what a living one is writing (`remove_leftovers`).
+Everything temporary is named `.tmp-<name>-<pid>` or `.trash-<name>-<pid>`, so that what a killed process left behind
+can be told from what a living one is writing (`remove_leftovers`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import itertools
@@ -23,6 +24,21 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+__all__ = [
+    "FolderLock",
+    "append_line",
+    "atomic_write",
+    "atomic_write_json",
+    "fsync_file",
+    "fsync_folder",
+    "is_alive",
+    "read_jsonl",
+    "remove_leftovers",
+    "replace_folder",
+    "sha256_file",
+    "temporary_path",
+]
 
 _LEFTOVER = re.compile(r"\.(?:tmp|trash)-.+-(\d+)")
 _COUNTER = itertools.count()
@@ -55,8 +71,8 @@ def temporary_path(path: str | os.PathLike) -> Path:
 def atomic_write(path: str | os.PathLike, data: bytes | str) -> None:
     """Write `data` (text as UTF-8) so that a reader finds the old file or the new one, never a part, at every moment.
 
-    Temporary file, fsync, rename, fsync of the folder. If anything fails, OSError passes on, the old file stands and the
-    temporary one is gone. Folders on the way are created.
+    Temporary file, fsync, rename, fsync of the folder. If anything fails, OSError passes on, the old file stands and
+    the temporary one is gone. Folders on the way are created.
     """
     if not isinstance(data, (bytes, str)):
         raise TypeError(f"atomic_write: data must be bytes or str, got {type(data).__name__}")
@@ -84,7 +100,7 @@ def replace_folder(path: str | os.PathLike, fill: Callable[[Path], None]) -> Non
     """Let `fill` write into a new temporary folder, make it durable and put it in the place of `path`.
 
     A folder cannot be renamed over a filled one, so an old `path` is moved aside first; a kill exactly between the two
-    renames leaves no `path`, never a mixture. If `fill` raises, the old folder stands and nothing of the new one remains.
+    renames leaves no `path`, never a mixture. If `fill` raises, the old folder stands and nothing of the new one stays.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -135,7 +151,9 @@ def append_line(path: str | os.PathLike, value: dict) -> None:
             raise OSError(error.errno, f"{error.strerror}; nothing was appended", str(path)) from error
         if written != len(line):
             os.ftruncate(descriptor, end)
-            raise OSError(28, f"only {written} of {len(line)} bytes could be appended; they were cut off", str(path))
+            raise OSError(
+                errno.ENOSPC, f"only {written} of {len(line)} bytes could be appended; they were cut off", str(path)
+            )
     finally:
         os.close(descriptor)
 
@@ -229,8 +247,8 @@ def remove_leftovers(folder: str | os.PathLike) -> list[Path]:
 class FolderLock:
     """One living run per folder: `<folder>/.lock` names the holder by process id, host and start time.
 
-    A second run is refused with RuntimeError that names the holder. The lock of a process that has died (or whose id now
-    belongs to a process started later) is taken over. A holder on another host cannot be asked, so it counts as alive.
+    A second run is refused with RuntimeError that names the holder. The lock of a process that has died (or whose id
+    now belongs to a process started later) is taken over. A holder on another host cannot be asked: it counts as alive.
     Use as a context manager, or `acquire` and `release`.
     """
 
@@ -277,7 +295,7 @@ class FolderLock:
 
     @contextlib.contextmanager
     def _guard(self):
-        """Make looking at the lock and replacing it one step, so that two runs cannot both take a dead one's lock over."""
+        """Make looking at the lock and replacing it one step: two runs must not both take over a dead one's lock."""
         # the folder itself is locked for a moment: no second file that somebody would have to clean up
         descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
