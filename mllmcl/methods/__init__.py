@@ -1,4 +1,4 @@
-"""Continual-learning methods: one file each, found by listing this folder and the entry-point group `mllmcl.methods`."""
+"""Continual-learning methods: one file each, found by listing this folder, and entry points of `mllmcl.methods`."""
 
 from __future__ import annotations
 

@@ -1,0 +1,37 @@
+# make demo and make test need Python >= 3.11, a C++ compiler and a package index; everything else they bring themselves
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+RUNS   := runs/demo
+QUICK  ?=
+QUICK_OPTIONS := $(if $(QUICK),--train.max_steps 24 --train.zero_shot false --train.eval_batch_size 48 --stream.options.num_test 48 --train.evaluate_seen_only true)
+
+.PHONY: env demo test lint bench clean
+
+env: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -U "pip>=24" "setuptools>=77" wheel
+	$(BIN)/python -m pip install -q -c constraints.txt torch numpy ninja pybind11
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[triton,pocket,test,bench]"
+	touch $@
+
+demo: env
+	$(BIN)/mllmcl run examples/demo/lora.yaml $(QUICK_OPTIONS) --train.output_dir $(RUNS)$(QUICK)/lora
+	$(BIN)/mllmcl run examples/demo/mr_lora.yaml $(QUICK_OPTIONS) --train.output_dir $(RUNS)$(QUICK)/mr_lora
+	$(BIN)/mllmcl report $(RUNS)$(QUICK)/lora $(RUNS)$(QUICK)/mr_lora
+
+test: env
+	$(BIN)/python -m pytest
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: env
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+clean:
+	rm -rf build dist *.egg-info mllmcl_kernels/*.so mllmcl_kernels/build.json $(VENV)/.ready

@@ -1,0 +1,296 @@
+"""The command line: `mllmcl run | report | methods | streams | doctor | export`, also as `python -m mllmcl`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from .training.config import TrainConfig
+
+__all__ = ["MethodConfig", "ModelConfig", "RunConfig", "StreamConfig", "main"]
+
+# exit codes
+USAGE, FAILED, INTERRUPTED, TERMINATED = 2, 1, 130, 143
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """The model: either `pretrained`, or `vision` and `language` composed with a fresh projector.
+
+    Attributes:
+        pretrained: name or folder of an image-text-to-text model of transformers.
+        vision: vision encoder of a composed model.
+        language: language model of a composed model.
+        projector: of a composed model.
+        num_layers: keep only the first layers of the language model, for quick trials.
+        image_size: of EfficientNet-Lite0, a multiple of 32; None takes its own.
+        dtype: of the weights.
+        device: "auto" takes a GPU where torch sees one.
+        feature_cache: folder for frozen image features, None keeps them in memory.
+        threads: CPU threads of torch, None takes torch's own choice.
+    """
+
+    pretrained: str | None = None
+    vision: str = "efficientnet-lite0"
+    language: str = "smollm2-135m-instruct"
+    projector: str = "mlp2x_gelu"
+    num_layers: int | None = None
+    image_size: int | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: str = "auto"
+    feature_cache: str | None = None
+    threads: int | None = None
+
+
+@dataclass(kw_only=True)
+class MethodConfig:
+    """The method.
+
+    Attributes:
+        name: see `mllmcl methods`.
+        options: its options, by name.
+    """
+
+    name: str = "mr_lora"
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class StreamConfig:
+    """The stream of tasks.
+
+    Attributes:
+        name: see `mllmcl streams`, or a folder of LLaVA-style JSON.
+        root: where its files lie, for streams that need them.
+        options: its options, by name.
+    """
+
+    name: str = "pocket-domain"
+    root: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """A run.
+
+    Attributes:
+        model: the model. method: the method. stream: the stream of tasks. train: how it is trained and evaluated.
+        dry_run: check everything, then stop before weights are loaded.
+    """
+
+    train: TrainConfig
+    model: ModelConfig = field(default_factory=ModelConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    stream: StreamConfig = field(default_factory=StreamConfig)
+    dry_run: bool = False
+
+
+def _run_parser():
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(prog="mllmcl run", description="Learn a stream of tasks and evaluate after each.")
+    parser.add_argument("--config", action="config", help="a YAML file; may also be the first argument")
+    parser.add_class_arguments(RunConfig, nested_key=None, fail_untyped=False)
+    return parser
+
+
+def _dashes(arguments: list[str]) -> list[str]:
+    """A leading YAML file becomes --config, and --dry-run the boolean it is."""
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--config", *arguments]
+    return [word if word != "--dry-run" else "--dry_run=true" for word in arguments]
+
+
+def _run(arguments: list[str]) -> int:
+    parser = _run_parser()
+    config = parser.instantiate_classes(parser.parse_args(_dashes(arguments)))
+    settings = RunConfig(**{name: config[name] for name in ("train", "model", "method", "stream", "dry_run")})
+    return run(settings)
+
+
+def build_model(config: ModelConfig, seed: int):
+    """The MLLM of a configuration; a fresh projector is drawn from `seed`."""
+    import torch
+
+    from .models import MLLM
+    from .training.rng import seed_everything
+
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    dtype = getattr(torch, config.dtype)
+    seed_everything(seed)
+    if config.pretrained is not None:
+        mllm = MLLM.from_pretrained(config.pretrained, dtype=dtype, device=device)
+    else:
+        mllm = MLLM.compose(
+            vision=config.vision,
+            language=config.language,
+            projector=config.projector,
+            num_layers=config.num_layers,
+            image_size=config.image_size,
+            dtype=dtype,
+            device=device,
+        )
+    return mllm.cache_images(config.feature_cache)
+
+
+def check(settings: RunConfig):
+    """Everything that can be checked without weights: method and options, stream and its items, the run folder."""
+    from . import methods, streams
+
+    method = methods.create(settings.method.name, **settings.method.options)
+    stream = streams.load(settings.stream.name, root=settings.stream.root, **settings.stream.options)
+    if not stream.tasks:
+        raise ValueError(f"stream {stream.name} has no tasks")
+    stream.validate()
+    folder = Path(settings.train.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    return method, stream
+
+
+def run(settings: RunConfig) -> int:
+    """A whole run; prints the table and where the report lies."""
+    method, stream = check(settings)
+    if settings.dry_run:
+        items = ", ".join(f"{task.name} ({len(task.train)} + {len(task.test)})" for task in stream.tasks)
+        print(f"method {method.name}, stream {stream.name}: {items}\neverything fits; nothing was trained")
+        return 0
+    from .training import train
+
+    mllm = build_model(settings.model, settings.train.seed)
+    report = train(mllm, method, stream, settings.train)
+    print(report.table())
+    print(f"report: {Path(settings.train.output_dir) / 'report.html'}")
+    return 0
+
+
+def _report(arguments: list[str]) -> int:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(prog="mllmcl report", description="Compare runs in one page and print their tables.")
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders")
+    parser.add_argument("--output", type=Path, default=None, help="the page; by default report.html of a single run")
+    options = parser.parse_args(arguments)
+    from .evaluation import Report, write_report
+
+    output = options.output or (options.runs[0] if len(options.runs) == 1 else options.runs[0].parent) / "report.html"
+    reports = [Report.load(folder) for folder in options.runs]
+    write_report(options.runs, output)
+    print(Report.compare(reports))
+    print(f"report: {output}")
+    return 0
+
+
+def _rows(rows: list[tuple[str, ...]]) -> str:
+    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]) - 1)]
+    return "\n".join(
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]) for row in rows
+    )
+
+
+def _methods(arguments: list[str]) -> int:
+    from jsonargparse import ArgumentParser
+
+    ArgumentParser(prog="mllmcl methods", description="List the methods.").parse_args(arguments)
+    from .methods import available
+
+    for name, method in available().items():
+        print(f"{name}\n  {method.summary}\n  source      {method.source}\n  stores      {method.stores}")
+        print(f"  at test     needs {method.at_test}\n  deviations  {method.deviations}")
+    return 0
+
+
+def _streams(arguments: list[str]) -> int:
+    from jsonargparse import ArgumentParser
+
+    ArgumentParser(prog="mllmcl streams", description="List the streams.").parse_args(arguments)
+    from .streams import available
+
+    print(_rows([*available().items(), ("FOLDER", "any folder of LLaVA-style JSON")]))
+    return 0
+
+
+def _doctor(arguments: list[str]) -> int:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(
+        prog="mllmcl doctor", description="Say what works on this machine and why the rest does not."
+    )
+    parser.add_argument("--check-batching", type=str, default=None, help="a model: batched answers against single ones")
+    options = parser.parse_args(arguments)
+    from .doctor import check_model_batching, diagnose
+
+    if options.check_batching is None:
+        print(diagnose())
+        return 0
+    text, equal = check_model_batching(options.check_batching)
+    print(text)
+    return 0 if equal else FAILED
+
+
+def _export(arguments: list[str]) -> int:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(prog="mllmcl export", description="Copy a run's adapters out, reopened and counted.")
+    parser.add_argument("run", type=Path, help="a run folder")
+    parser.add_argument("--format", choices=["peft"], default="peft", help="of the folders written")
+    parser.add_argument("--output", type=Path, default=None, help="where to; by default RUN/export")
+    options = parser.parse_args(arguments)
+    from .models.adapter_files import export_run
+
+    for folder, layers in export_run(options.run, options.output or options.run / "export"):
+        print(f"{folder}: {layers} layers")
+    return 0
+
+
+COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
+    "run": (_run, "learn a stream of tasks: mllmcl run [CONFIG.yaml] [--key value ...]"),
+    "report": (_report, "compare finished runs: mllmcl report RUN..."),
+    "methods": (_methods, "list the methods, their sources and what they store"),
+    "streams": (_streams, "list the streams"),
+    "doctor": (_doctor, "say what works on this machine and why the rest does not"),
+    "export": (_export, "copy a run's adapters out: mllmcl export RUN --format peft"),
+}
+
+
+def usage() -> str:
+    lines = [f"  {name:<8} {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(["usage: mllmcl COMMAND ...", "", *lines, "", "mllmcl COMMAND --help tells more"])
+
+
+def _on_terminate(*_) -> None:
+    raise SystemExit(TERMINATED)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The program. Exit code 0, 1 for a failed run, 2 for wrong usage, 130 and 143 when it was interrupted."""
+    import signal
+
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if arguments else USAGE
+    if arguments[0] not in COMMANDS:
+        import difflib
+
+        near = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        print(f"mllmcl: no command {arguments[0]!r}{hint}\n\n{usage()}", file=sys.stderr)
+        return USAGE
+    signal.signal(signal.SIGTERM, _on_terminate)
+    try:
+        return COMMANDS[arguments[0]][0](arguments[1:])
+    except KeyboardInterrupt:
+        print("mllmcl: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        return INTERRUPTED
+    except (ValueError, TypeError, RuntimeError, OSError, FloatingPointError) as error:
+        if os.environ.get("MLLMCL_DEBUG", "0") not in ("", "0"):
+            raise
+        print(f"mllmcl {arguments[0]}: {error}", file=sys.stderr)
+        return FAILED

@@ -1,0 +1,92 @@
+"""Options of a run, named as in transformers' TrainingArguments where that has them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+__all__ = ["TrainConfig"]
+
+#: options that may differ between a run and its continuation: they change no number
+FREE = ("output_dir", "resume", "progress", "save_steps", "num_report_samples")
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """How a stream is trained and evaluated.
+
+    Attributes:
+        output_dir: the run folder: config, matrix, metrics, events, predictions, adapters, checkpoints, report.
+        num_train_epochs: passes over a task's samples.
+        max_steps: at most so many optimizer steps for each phase of a task.
+        per_device_train_batch_size: samples of a forward pass.
+        gradient_accumulation_steps: forward passes of an optimizer step.
+        learning_rate: None takes the method's own.
+        projector_learning_rate: of the projector's tensors; None takes learning_rate.
+        weight_decay, adam_beta1, adam_beta2, adam_epsilon: of AdamW.
+        warmup_ratio: share of a phase's steps over which the rate rises.
+        lr_scheduler_type: "cosine" to zero, "linear" to zero, or "constant", after the warm-up.
+        max_grad_norm: clip the global norm of the gradients to this; 0 does not clip.
+        gradient_checkpointing: recompute decoder layers in the backward pass.
+        bf16: autocast to bfloat16.
+        seed: of data order, dropout and everything drawn.
+        eval_batch_size: samples answered together.
+        max_new_tokens: at most so many tokens for an answer.
+        zero_shot: evaluate every task before the first one is learned.
+        evaluate_seen_only: leave out tasks that were not learned yet.
+        save_steps: a checkpoint every so many optimizer steps, beside those at every boundary.
+        logging_steps: a line in events.jsonl every so many steps.
+        resume: "auto" continues what the folder holds, "never" refuses a folder that holds a run.
+        progress: "auto" shows bars on a terminal and a line now and then elsewhere, "on", "off".
+        num_report_samples: pictures of each task in the report.
+    """
+
+    output_dir: str
+    num_train_epochs: float = 1.0
+    max_steps: int | None = None
+    per_device_train_batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    learning_rate: float | None = None
+    projector_learning_rate: float | None = None
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    warmup_ratio: float = 0.03
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    max_grad_norm: float = 1.0
+    gradient_checkpointing: bool = False
+    bf16: bool = False
+    seed: int = 0
+    eval_batch_size: int = 32
+    max_new_tokens: int = 8
+    zero_shot: bool = True
+    evaluate_seen_only: bool = False
+    save_steps: int = 20
+    logging_steps: int = 5
+    resume: Literal["auto", "never"] = "auto"
+    progress: Literal["auto", "on", "off"] = "auto"
+    num_report_samples: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "eval_batch_size", "max_new_tokens",
+                     "save_steps", "logging_steps"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise ValueError(f"max_steps must be at least 1 or None, got {self.max_steps}")
+        if self.num_train_epochs <= 0:
+            raise ValueError(f"num_train_epochs must be positive, got {self.num_train_epochs}")
+        for name in ("learning_rate", "projector_learning_rate"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{name} must be >= 0 or None, got {value}")
+        if not 0 <= self.warmup_ratio < 1:
+            raise ValueError(f"warmup_ratio must be in [0, 1), got {self.warmup_ratio}")
+
+    def sha256(self, *more: object) -> str:
+        """Digest of everything that decides the numbers, together with `more` (method, stream, model)."""
+        values = {name: value for name, value in asdict(self).items() if name not in FREE}
+        return hashlib.sha256(json.dumps([values, *more], sort_keys=True, default=str).encode()).hexdigest()

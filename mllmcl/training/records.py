@@ -1,0 +1,306 @@
+"""What a run writes down: configuration, events, timings, predictions, adapters, matrix, metrics, report."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import functools
+import importlib.metadata
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import yaml
+from torch import Tensor
+
+from ..evaluation import AccuracyMatrix, Prediction, Report, compute_metrics, evaluate
+from ..files import atomic_write, atomic_write_json
+from ..models.adapter_files import export_expert
+from .config import TrainConfig
+from .guards import check_finite
+from .rng import capture_rng, restore_rng
+
+if TYPE_CHECKING:
+    from ..methods import Method, Phase
+    from ..models import MLLM
+    from ..streams import Sample, Stream, Task
+    from .loop import Run
+    from .progress import Progress
+
+__all__ = ["describe", "empty_results", "finish", "note_evaluation", "note_mixing_share", "note_step", "now", "predict"]
+
+PACKAGES = ("torch", "transformers", "safetensors", "numpy", "triton", "peft")
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Versions of what decides numbers."""
+    from mllmcl import __version__
+
+    found = {"mllmcl": __version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def empty_results() -> dict:
+    """Numbers that grow during a run and travel with its checkpoints."""
+    return {"rows": [], "step_seconds": [], "losses": [], "last_loss": "", "mixing_share": [], "evaluation_seconds": []}
+
+
+def _options(method: Method) -> dict:
+    return {item.name: getattr(method, item.name) for item in fields(method) if item.init}
+
+
+def describe(mllm: MLLM, method: Method, stream: Stream, config: TrainConfig) -> dict:
+    """What ran, in values that JSON and YAML hold; part of the digest that a continuation is checked against."""
+    return {
+        "method": {"name": method.name, "options": _options(method)},
+        "stream": {
+            "name": stream.name,
+            "tasks": [{"name": task.name, "train": len(task.train), "test": len(task.test)} for task in stream.tasks],
+        },
+        "model": {
+            "class": type(mllm.model).__name__,
+            "family": mllm.family.name,
+            "parameters": sum(value.numel() for value in mllm.model.parameters()),
+            "dtype": str(mllm.dtype).removeprefix("torch."),
+            "device": mllm.device.type,
+        },
+    }
+
+
+def write_config(folder: Path, config: TrainConfig, description: dict) -> None:
+    """config.yaml: the resolved options and the versions they met."""
+    values = {**description, "train": asdict(config), "versions": versions(), "started": now()}
+    atomic_write(folder / "config.yaml", yaml.safe_dump(json.loads(json.dumps(values)), sort_keys=False))
+
+
+def note_step(run: Run, task: Task, phase: Phase, loss: Tensor, seconds: float, last: bool) -> None:
+    """Keep a step's time; every few steps read the losses since and write a line."""
+    results, position, config = run.results, run.position, run.config
+    results["step_seconds"].append(round(seconds, 5))
+    run.losses.append(loss)
+    if position.step % config.logging_steps and not last:
+        return
+    # the one place where the host looks at a training number
+    mean = torch.stack(run.losses).mean()
+    run.losses.clear()
+    check_finite(mean, "the mean loss of the last steps", position.total, task.name, ())
+    value = round(float(mean), 6)
+    results["losses"].append([position.total, task.name, phase.name, value])
+    results["last_loss"] = f"{value:.3f}"
+    rate = run.optimizer.param_groups[0]["lr"]
+    norm = run.optimizer.grad_norm
+    run.event(
+        "step", step=position.total, task=task.name, phase=phase.name, loss=value, learning_rate=rate,
+        grad_norm=None if norm is None else round(float(norm), 6), seconds=round(seconds, 4),
+        peak_memory_bytes=peak_memory(run),
+    )  # fmt: skip
+
+
+def peak_memory(run: Run) -> int:
+    """Peak memory so far: of the device where that is a GPU, else of this process."""
+    if run.mllm.device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(run.mllm.device))
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _timed(run: Run, samples: Sequence[Sample], gates) -> float:
+    """Seconds of one forward and backward pass with these experts; gradients are thrown away."""
+    mllm = run.mllm
+    batch = mllm.collate(samples, with_answers=True)
+    _wait(mllm)
+    began = time.perf_counter()
+    with gates:
+        mllm.loss(batch).backward()
+    _wait(mllm)
+    seconds = time.perf_counter() - began
+    mllm.model.zero_grad(set_to_none=True)
+    return seconds
+
+
+def _wait(mllm: MLLM) -> None:
+    if mllm.device.type == "cuda":
+        torch.cuda.synchronize(mllm.device)
+
+
+def note_mixing_share(run: Run, samples: Sequence[Sample], rounds: int = 3) -> None:
+    """Share of forward and backward spent on experts: passes with and without them, in turn; leaves the run as it is.
+
+    Measured where the pass without experts does the same work otherwise: gradients have to reach the projector.
+    """
+    mllm = run.mllm
+    projector = mllm.projector_path
+    base_trains = projector is not None and not mllm.projector_layers and any(
+        parameter.requires_grad for parameter in mllm.model.get_submodule(projector).parameters()
+    )  # fmt: skip
+    if mllm.experts is None or not (base_trains or mllm.projector_layers):
+        return
+    tensors, values = capture_rng()
+    shares = []
+    opened = []
+    if mllm.projector_layers:
+        opened = [value for value in mllm.model.get_submodule(projector).parameters() if not value.requires_grad]
+    for value in opened:
+        value.requires_grad_(True)
+    for _ in range(rounds):
+        on = _timed(run, samples, run.method.before_forward(samples))
+        off = _timed(run, samples, mllm.use_experts("off"))
+        shares.append(1.0 - off / on)
+    for value in opened:
+        value.requires_grad_(False)
+    restore_rng(tensors, values)
+    run.results["mixing_share"].append(round(statistics.median(shares), 4))
+
+
+def predict(run: Run, tasks: Sequence[Task], progress: Progress) -> list[list[Prediction]]:
+    """Answers to every test item of the tasks, routed as the method says; experts as task indices are the method's."""
+    answered = []
+    for task in tasks:
+        answered.append(
+            evaluate(
+                run.mllm,
+                task.test,
+                experts="route",
+                scorer=task.scorer,
+                batch_size=run.config.eval_batch_size,
+                max_new_tokens=run.config.max_new_tokens,
+            )
+        )
+        progress.advance(len(task.test))
+    return answered
+
+
+def note_evaluation(run: Run, after: int | None, answered: list[list[Prediction]], seconds: float) -> None:
+    """predictions/<row>.jsonl, a row of the matrix, and the matrix so far."""
+    tasks = run.stream.tasks
+    by_task = {predictions[0].task: predictions for predictions in answered if predictions}
+    scores = []
+    for task in tasks:
+        found = by_task.get(task.name)
+        scores.append(None if found is None else round(statistics.fmean(item.score for item in found), 6))
+    name = None if after is None else tasks[after].name
+    lines = [
+        json.dumps({"after": -1 if after is None else after, **asdict(item)}) for found in answered for item in found
+    ]
+    row = len(run.results["rows"])
+    label = "zero-shot" if name is None else name
+    atomic_write(run.folder / "predictions" / f"{row}-{label}.jsonl", "\n".join(lines) + "\n")
+    run.results["rows"].append({"after": name, "scores": scores, "router": _confusion(run, answered, after)})
+    run.results["evaluation_seconds"].append(round(seconds, 2))
+    run.event("evaluation", after=name, scores=scores, seconds=round(seconds, 2))
+    atomic_write_json(run.folder / "matrix.json", _matrix(run).to_json())
+
+
+def _confusion(run: Run, answered: list[list[Prediction]], after: int | None) -> list[list[int]] | None:
+    """Rows: true task; columns: task whose expert was chosen, the base model last. None without a router."""
+    if after is None or run.mllm.router is None:
+        return None
+    names = [task.name for task in run.stream.tasks]
+    table = [[0] * (len(names) + 1) for _ in names]
+    for predictions in answered:
+        for item in predictions:
+            chosen = run.method.task_of(torch.tensor(item.expert))
+            table[names.index(item.task)][int(chosen)] += 1
+    return table
+
+
+def _matrix(run: Run) -> AccuracyMatrix:
+    rows = [{"after": row["after"], "scores": row["scores"]} for row in run.results["rows"]]
+    tasks = run.stream.tasks
+    return AccuracyMatrix.from_json(
+        {
+            "stream": run.stream.name,
+            "method": run.method.name,
+            "tasks": [task.name for task in tasks],
+            "rows": rows,
+            "num_test": [len(task.test) for task in tasks],
+            "seed": run.config.seed,
+        }
+    )
+
+
+def _router_metrics(run: Run) -> dict | None:
+    """Accuracy of the last row's routing over the tasks learned, and its table."""
+    table = run.results["rows"][-1]["router"] if run.results["rows"] else None
+    if table is None:
+        return None
+    total = sum(map(sum, table))
+    right = sum(row[place] for place, row in enumerate(table))
+    return {"accuracy": round(right / total, 6), "confusion": table}
+
+
+def write_adapters(run: Run, task: Task) -> None:
+    """adapters/<task>/: the expert that learned the task, as PEFT reads it."""
+    mllm = run.mllm
+    if mllm.experts is None:
+        return
+    trained = [place for place, flag in enumerate(mllm.experts.trainable) if flag]
+    for expert in trained:
+        folder = run.folder / "adapters" / task.name
+        export_expert(mllm, expert, folder if len(trained) == 1 else folder / f"expert{expert}")
+
+
+def write_samples(run: Run) -> None:
+    """samples/: the first pictures of each task, for the report."""
+    import io
+
+    entries = []
+    for task in run.stream.tasks:
+        for sample in task.test[: run.config.num_report_samples]:
+            image = sample.load_image()
+            if image is None:
+                continue
+            name = f"{len(entries)}.png"
+            data = io.BytesIO()
+            image.save(data, format="PNG")
+            atomic_write(run.folder / "samples" / name, data.getvalue())
+            entries.append({"id": sample.id, "task": task.name, "file": name})
+    atomic_write_json(run.folder / "samples" / "samples.json", entries)
+
+
+def finish(run: Run) -> Report:
+    """The report of a run that has learned every task."""
+    results, config = run.results, run.config
+    # the first steps of a process warm caches up
+    steady = results["step_seconds"][3:] or results["step_seconds"]
+    shares = results["mixing_share"]
+    metrics = {
+        **compute_metrics(_matrix(run)),
+        "method": run.method.name,
+        "stream": run.stream.name,
+        "router": _router_metrics(run),
+        "seconds_per_step": round(statistics.median(steady), 4) if steady else None,
+        "share_expert_mixing": round(statistics.median(shares), 4) if shares else None,
+        "train_seconds": round(sum(results["step_seconds"]), 1),
+        "evaluation_seconds": round(sum(results["evaluation_seconds"]), 1),
+        "peak_memory_bytes": peak_memory(run),
+        "trainable_parameters": sum(value.numel() for value in run.mllm.trainable_state().values()),
+        "eval_batch_size": config.eval_batch_size,
+        "dtype": "bfloat16 autocast" if config.bf16 else str(run.mllm.dtype).removeprefix("torch."),
+        "seed": config.seed,
+        "note": run.stream.note,
+        "versions": versions(),
+        "finished": now(),
+    }
+    write_samples(run)
+    report = Report(matrix=_matrix(run), metrics=metrics)
+    report.save(run.folder)
+    run.event("finish")
+    return report
