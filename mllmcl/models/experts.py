@@ -124,7 +124,7 @@ def select(state: ExpertState, gates, device: torch.device) -> Selection:
     """
     experts = state.num_experts
     if gates is None:
-        return Selection(uniform=0 if experts == 1 and state.router is None else None)
+        return Selection()
     if isinstance(gates, str):
         if gates != "off":
             raise ValueError(f'gates: expected None, "off", a float tensor or integer ids, got {gates!r}')
@@ -279,8 +279,11 @@ class ExpertProjectorLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         selection = self.state.selection
-        if selection.uniform is not None:
-            weight, bias = self._one(selection.uniform)
+        expert = selection.uniform
+        if expert is None and selection.gates is None and self.state.num_experts == 1:
+            expert = 0
+        if expert is not None:
+            weight, bias = self._one(expert)
             return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         if selection.gates is None or selection.gates.is_floating_point():
             raise ValueError(

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from mllmcl.files import atomic_write
@@ -79,9 +78,8 @@ class FeatureCache:
         missing = [at for at, key in enumerate(keys) if key not in self.memory]
         if missing:
             fresh = dict(zip((keys[at] for at in missing), compute(missing), strict=True))
-            # a tensor made under inference_mode may not enter autograd later; a clone made outside of it may
-            with torch.inference_mode(False):
-                fresh = {key: value.detach().cpu().clone() for key, value in fresh.items()}
+            # cloned, since rows of one encoder batch share their memory, which safetensors refuses
+            fresh = {key: value.detach().cpu().clone() for key, value in fresh.items()}
             self.memory.update(fresh)
             if self.folder is not None:
                 self._write(fresh)

@@ -363,7 +363,7 @@ class MLLM:
         }
         inputs = {**encoded.images, **extras}
         positions = self.family.positions(self, {"input_ids": input_ids, **inputs}, attention_mask)
-        image_token = self.model.config.image_token_id
+        image_token = getattr(self.model.config, "image_token_id", None)
         counts = [row.count(image_token) for row in encoded.ids]
         batch = Batch(
             sample_ids=tuple(sample.id for sample in samples),
@@ -397,6 +397,7 @@ class MLLM:
         found = self.features.get(keys, lambda at: self.family.vision_features(self, [samples[i] for i in at]))
         if len({value.shape for value in found}) > 1:
             found = [value.mean(0, keepdim=True) for value in found]
+        # stacking copies, so what was encoded in inference mode may enter autograd here
         return torch.stack(found).to(self.device)
 
     def _identity(self) -> str:

@@ -151,3 +151,13 @@ def test_llava_without_a_template_has_the_vicuna_prompt(tmp_path):
 def test_no_samples_is_an_error(mllm):
     with pytest.raises(ValueError, match="at least one"):
         mllm.collate([], with_answers=True)
+
+
+def test_positions_count_from_the_first_real_token(mllm, samples):
+    """Rotary models give the same answer from a shifted start, so the outputs alone would not show it."""
+    batch = mllm.collate(samples, with_answers=False)
+    for row in range(len(samples)):
+        positions = batch.position_ids[..., row, :][..., batch.attention_mask[row].bool()]
+        alone = mllm.collate([samples[row]], with_answers=False).position_ids[..., 0, :]
+        assert torch.equal(positions, alone)
+        assert int(positions.min()) == 0 and not bool(positions[..., 0].any())

@@ -56,6 +56,8 @@ def test_matching_nothing_says_what_could_match(mllm):
     )
     with pytest.raises(ValueError, match="matches no linear of the language tower"):
         mllm.add_experts(1, rank=2, alpha=4, targets=[vision])
+    with pytest.raises(ValueError, match="'proj' matches no linear"):
+        mllm.add_experts(1, rank=2, alpha=4, targets=["proj"])
     with pytest.raises(ValueError, match="lm_head"):
         mllm.add_experts(1, rank=2, alpha=4, targets=["lm_head"])
 
@@ -209,6 +211,17 @@ def test_projector_copies_need_ids(mllm, samples):
     mllm.add_experts(2, rank=2, alpha=8, projector_experts=True)
     with pytest.raises(ValueError, match="gates have to be expert ids"):
         logits(mllm, samples, torch.tensor([0.5, 0.5]))
+
+
+def test_a_single_expert_owns_the_projector_without_being_named(mllm, samples):
+    mllm.add_experts(1, rank=2, alpha=8, projector_experts=True)
+    fill_experts(mllm)
+    named = logits(mllm, samples, [0] * 8)
+    assert torch.equal(logits(mllm, samples, None), named)
+    mllm.grow_experts(1)
+    assert torch.equal(logits(mllm, samples, [0] * 8), named)
+    with pytest.raises(ValueError, match="gates have to be expert ids"):
+        logits(mllm, samples, None)
 
 
 # -- what trains
