@@ -127,6 +127,8 @@ class Op:
         self.argument_names = [argument.name for argument in self.overload._schema.arguments if not argument.kwarg_only]
         if self.backward is not None:
             torch.library.register_autograd(qualified, self.backward, setup_context=self._setup_context, lib=LIBRARY)
+        elif not self.mutates:
+            torch.library.register_autograd(qualified, self._refuse_backward, lib=LIBRARY)
         if self.autocast:
             for device in ("cpu", "cuda"):
                 LIBRARY.impl(self.name, functools.partial(self._run_autocast, device), f"Autocast{device.upper()}")
@@ -150,6 +152,9 @@ class Op:
         keys = keys | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
         with torch._C._ExcludeDispatchKeyGuard(keys):
             return self.overload(*cast, backend=backend)
+
+    def _refuse_backward(self, ctx, *_grads):
+        raise RuntimeError(f"{self.name} has no autograd formula: gradients of gradients are not supported")
 
     def _setup_context(self, ctx, inputs, keyword_only_inputs, output) -> None:
         ctx.backend = keyword_only_inputs.get("backend")

@@ -71,7 +71,7 @@ def test_declaration_is_whole(op: Op):
 
 @pytest.mark.parametrize(("op", "backend", "dtype", "index"), list(cells()))
 def test_values_follow_the_error_rule(op: Op, backend: str, dtype: torch.dtype, index: int, record_property):
-    """error(ours) <= 2 error(plain torch in the same dtype) + 1e-6 max|truth|, for every output, twice the same bits."""
+    """error(ours) <= 2 error(plain torch, same dtype) + 1e-6 max|truth|, for every output, twice the same bits."""
     sample = take(op, dtype, index, backend)
     truth = outputs_of(op, to_double(sample.args), op.reference)
     plain = outputs_of(op, sample.args, op.reference)
