@@ -1,0 +1,155 @@
+"""Answer test items in batches and score them."""
+
+# B samples, E experts
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from .predictions import Prediction
+from .scorers import scorer as find_scorer
+
+__all__ = ["Answerer", "check_batching", "evaluate"]
+
+#: batches whose samples are sorted and handed over together, so that progress is told in between
+BATCHES_A_CALL = 4
+
+
+class Answerer(Protocol):
+    """What evaluation needs of a model.
+
+    `router` takes samples and returns expert ids int64 `[B]`, or is None. `generate` returns one text a sample.
+    """
+
+    router: Callable[[Sequence], object] | None
+
+    def generate(self, samples: Sequence, experts=..., *, max_new_tokens: int, batch_size: int) -> list[str]: ...
+
+
+def evaluate(
+    mllm: Answerer,
+    samples: Sequence,
+    *,
+    experts="route",
+    scorer: str | Mapping[str, str] = "exact_match",
+    batch_size: int = 32,
+    max_new_tokens: int = 16,
+    progress: Callable[[int], object] | None = None,
+) -> list[Prediction]:
+    """Answer every sample greedily and score it, in the order given.
+
+    Samples of like question length share a batch, which saves padding; the order is restored by position. A model's
+    router is asked once for all samples and its ids are handed to `generate`, so that the expert recorded is the expert
+    used.
+
+    Args:
+        experts: "route" (the router's choice for each sample; without a router what the model does by itself), integer
+            ids `[B]` (-1: base alone), floats `[E]` or `[B, E]`, or None (the model's default), as in `generate`.
+        scorer: the name of a scorer, or task -> name.
+        progress: called with the number of samples just done.
+
+    Returns:
+        One Prediction a sample; its expert is None where no single one was chosen.
+
+    Raises:
+        ValueError: unknown scorer, a task without one, a batch size below 1, ids that are not one a sample, or a model
+            that does not return one answer a sample.
+    """
+    samples = list(samples)
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+    score = _scores_by_task(scorer, samples)
+    gates, ids = _choose(mllm, samples, experts)
+    order = sorted(range(len(samples)), key=lambda place: (len(samples[place].question), place))
+    answers = [""] * len(samples)
+    for start in range(0, len(order), batch_size * BATCHES_A_CALL):
+        places = order[start : start + batch_size * BATCHES_A_CALL]
+        _answer(mllm, samples, gates, places, answers, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        if progress is not None:
+            progress(len(places))
+    return [
+        Prediction(
+            id=sample.id,
+            task=sample.task,
+            question=sample.question,
+            gold=sample.answer,
+            prediction=answers[place],
+            expert=None if ids is None else int(ids[place]),
+            score=float(score[sample.task](answers[place], sample.answer)),
+        )
+        for place, sample in enumerate(samples)
+    ]
+
+
+def _scores_by_task(scorer: str | Mapping[str, str], samples: Sequence) -> dict[str, Callable]:
+    tasks = sorted({sample.task for sample in samples})
+    if isinstance(scorer, str):
+        return dict.fromkeys(tasks, find_scorer(scorer))
+    missing = [task for task in tasks if task not in scorer]
+    if missing:
+        raise ValueError(f"scorer: expected a name for every task, none for {', '.join(missing)}")
+    return {task: find_scorer(scorer[task]) for task in tasks}
+
+
+def _choose(mllm: Answerer, samples: list, experts) -> tuple[object, np.ndarray | None]:
+    """What to hand to `generate` for all samples, and the ids to record."""
+    if isinstance(experts, str) and experts == "route" and mllm.router is not None and samples:
+        experts = mllm.router(samples)
+    if experts is None or isinstance(experts, str):
+        return experts, None
+    gates = experts.detach().cpu().numpy() if hasattr(experts, "detach") else np.asarray(experts)
+    if np.issubdtype(gates.dtype, np.integer):
+        if gates.shape != (len(samples),):
+            raise ValueError(f"experts: expected one id for each of {len(samples)} samples, got shape {gates.shape}")
+        return experts, gates
+    if gates.ndim == 2 and len(gates) != len(samples):
+        raise ValueError(f"experts: expected one row for each of {len(samples)} samples, got {len(gates)}")
+    return experts, None
+
+
+def _select(gates, places: list[int]):
+    """The part of `gates` that belongs to the samples at `places`."""
+    if gates is None or isinstance(gates, str):
+        return gates
+    if hasattr(gates, "dim"):
+        return gates if gates.dim() == 1 and gates.is_floating_point() else gates[places]
+    array = np.asarray(gates)
+    shared = array.ndim == 1 and not np.issubdtype(array.dtype, np.integer)
+    return array.tolist() if shared else array[places].tolist()
+
+
+def _answer(mllm: Answerer, samples: list, gates, places: list[int], answers: list[str], **options: int) -> None:
+    """Fill in the answers of the samples at `places`."""
+    texts = mllm.generate([samples[place] for place in places], experts=_select(gates, places), **options)
+    if len(texts) != len(places):
+        raise ValueError(f"generate: expected {len(places)} answers, got {len(texts)}")
+    for place, text in zip(places, texts, strict=True):
+        answers[place] = text
+
+
+def check_batching(
+    mllm: Answerer, samples: Sequence, batch_size: int = 8, *, experts="route", max_new_tokens: int = 16
+) -> list[dict]:
+    """Whether a batch gives each sample what it gets alone.
+
+    The samples are batched in the order given, so that unequal lengths meet in one batch.
+
+    Returns:
+        The items that differ, each {"id", "alone", "batched"}; empty when all agree.
+    """
+    samples = list(samples)
+    gates, _ = _choose(mllm, samples, experts)
+    alone, batched = [""] * len(samples), [""] * len(samples)
+    for start in range(0, len(samples), batch_size):
+        places = list(range(start, min(start + batch_size, len(samples))))
+        _answer(mllm, samples, gates, places, batched, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        for place in places:
+            _answer(mllm, samples, gates, [place], alone, max_new_tokens=max_new_tokens, batch_size=1)
+    return [
+        {"id": sample.id, "alone": one, "batched": other}
+        for sample, one, other in zip(samples, alone, batched, strict=True)
+        if one != other
+    ]

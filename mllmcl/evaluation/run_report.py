@@ -1,0 +1,129 @@
+"""What a run came to: the accuracy matrix, the metrics, a table for the terminal, plots and the page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..files import atomic_write_json
+from .matrix import AccuracyMatrix
+
+__all__ = ["Report"]
+
+
+@dataclass(kw_only=True)
+class Report:
+    """Result of `mllmcl.train`, and of `Report.load` on a run folder.
+
+    Attributes:
+        matrix: scores by task learned and task evaluated.
+        metrics: the content of `metrics.json`; see `mllmcl.evaluation.compute_metrics`.
+    """
+
+    matrix: AccuracyMatrix
+    metrics: dict = field(default_factory=dict)
+
+    def save(self, folder: str | Path) -> None:
+        """Write `matrix.json` and `metrics.json`, and `report.html` where the folder holds a run's `config.yaml`.
+
+        Each file is replaced atomically; the page is drawn from the files of the folder.
+        """
+        folder = Path(folder)
+        self.matrix.save(folder / "matrix.json")
+        atomic_write_json(folder / "metrics.json", self.metrics)
+        if (folder / "config.yaml").exists():
+            from .report import write_report
+
+            write_report([folder], folder / "report.html")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Report:
+        """Read a run folder.
+
+        Raises:
+            FileNotFoundError: no `matrix.json` or `metrics.json`.
+            ValueError: one of them is damaged; the message names it.
+        """
+        folder = Path(folder)
+        for name in ("matrix.json", "metrics.json"):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder / name}: a run folder holds this file once a task has been evaluated")
+        path = folder / "metrics.json"
+        try:
+            metrics = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: not JSON: {error}") from error
+        if not isinstance(metrics, dict):
+            raise ValueError(f"{path}: expected an object, got {type(metrics).__name__}")
+        return cls(matrix=AccuracyMatrix.load(folder / "matrix.json"), metrics=metrics)
+
+    def plot(self):
+        """A matplotlib Figure: heat map of the matrix beside the accuracy of each task over time."""
+        from .plots import plot_matrix
+
+        return plot_matrix(self.matrix)
+
+    def table(self) -> str:
+        """A plain-text table in percent: each task just trained, last, forgetting; then the numbers of the run."""
+        metrics, part = self.metrics, self.matrix.learned()
+        falls = (metrics.get("forgetting") or {}).get("per_task") or {}
+        rows = [("task", "zero-shot", "just trained", "last", "forgetting")]
+        for place, name in enumerate(part.tasks):
+            cells = part.score(None, place), part.score(place, place), part.score(part.num_learned - 1, place)
+            rows.append((name, *map(_percent, cells), _percent(falls.get(name))))
+        lines = _table(rows)
+        if not self.matrix.is_complete:
+            lines.append(f"{part.num_learned} of {len(self.matrix.tasks)} tasks learned; numbers are over these")
+        facts = self._facts()
+        width = max(len(label) for label, _ in facts)
+        return "\n".join([*lines, "", *(f"{label:<{width}}  {text}" for label, text in facts)])
+
+    @staticmethod
+    def compare(reports: Sequence[Report]) -> str:
+        """A plain-text table of several runs in percent, one line each, the headline numbers as columns.
+
+        Raises:
+            ValueError: no report.
+        """
+        if not reports:
+            raise ValueError("reports: expected at least one")
+        rows = [("method", "stream", "seed", "last", "average", "just trained", "BWT (T-1)", "forgetting")]
+        for report in reports:
+            metrics, matrix = report.metrics, report.matrix
+            bwt, falls = metrics.get("bwt") or {}, metrics.get("forgetting") or {}
+            numbers = *map(metrics.get, ("last", "average", "finetune")), bwt.get("T-1"), falls.get("mean")
+            rows.append((matrix.method or "-", matrix.stream or "-", str(matrix.seed), *map(_percent, numbers)))
+        return "\n".join(_table(rows))
+
+    def _facts(self) -> list[tuple[str, str]]:
+        metrics = self.metrics
+        bwt, router = metrics.get("bwt") or {}, metrics.get("router") or {}
+        seconds = metrics.get("seconds_per_step")
+        return [
+            ("last (MFN)", _percent(metrics.get("last"))),
+            ("average (MAA)", _percent(metrics.get("average"))),
+            ("just trained (MFT)", _percent(metrics.get("finetune"))),
+            ("BWT, divisor T-1", _percent(bwt.get("T-1"))),
+            ("BWT, divisor T", _percent(bwt.get("T"))),
+            ("router accuracy", _percent(router.get("accuracy"))),
+            ("seconds per step", "-" if seconds is None else f"{seconds:.3f}"),
+            ("share of the step in expert mixing", _percent(metrics.get("share_expert_mixing"))),
+        ]
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100.0 * share:.1f}"
+
+
+def _table(rows: list[tuple[str, ...]]) -> list[str]:
+    """Lines with columns padded to their widest cell, text left and numbers right, a rule under the heading."""
+    columns = list(zip(*rows, strict=True))
+    padded = []
+    for cells in columns:
+        width = max(map(len, cells))
+        is_text = any(cell[:1].isalpha() for cell in cells[1:])
+        padded.append([f"{cell:<{width}}" if is_text else f"{cell:>{width}}" for cell in cells])
+    lines = ["  ".join(row).rstrip() for row in zip(*padded, strict=True)]
+    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
