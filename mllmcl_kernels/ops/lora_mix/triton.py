@@ -1,0 +1,642 @@
+"""`lora_mix` in Triton: skinny products in rank space with the gates in their epilogue, wide products in cuBLAS.
+
+Forward: one pass over x gives s and s * G; y is cuBLAS's x W^T + b and one more product added onto it, or one kernel
+whose contraction runs over (x, W) and then over (s * G, B). Backward: one pass over dy gives ds = (dy B) * G, s * G again
+and the gates' gradient. No atomics; every split of a contraction is added up in fixed order.
+"""
+
+# T tokens, K in, N out, E experts, R sum of ranks; `run` consecutive tokens share a row of gates
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...dropout import threshold
+from ...triton_tools import (
+    Tile,
+    Tiles,
+    bucket,
+    ceil_div,
+    dot,
+    dot_precision,
+    dtype_reason,
+    keep_tile,
+    launch,
+    num_processors,
+    pick_tile,
+    power_of_two,
+    raise_for_ids,
+    rank_tables,
+)
+from . import lora_mix_backward_op, lora_mix_op
+
+__all__ = ["choose_expand", "expand_dual_source", "input_gradient", "rank_gradients", "trainable_runs"]
+
+NO_GATES, SOFT_GATES, EXPERT_IDS = 0, 1, 2
+_SOFT = tl.constexpr(SOFT_GATES)
+_IDS = tl.constexpr(EXPERT_IDS)
+
+
+@dataclass(frozen=True)
+class LoraMixTiles:
+    """Tiles by kernel, and what the choice of the expand path assumes of the machine."""
+
+    # m tokens, n ranks, k columns of x or dy
+    rank: Tiles = Tiles(
+        small=(Tile(16, 128, 128, 4, 3), Tile(16, 128, 64, 4, 4)),
+        medium=(Tile(32, 256, 64, 8, 3), Tile(32, 128, 128, 4, 3), Tile(64, 128, 64, 4, 3)),
+        large=(Tile(64, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(64, 128, 128, 4, 3)),
+        float32=(Tile(32, 32, 32, 4, 2),),
+    )
+    # m tokens, n outputs, k columns of x and then ranks
+    dual: Tiles = Tiles(
+        small=(Tile(16, 128, 128, 4, 3), Tile(64, 64, 64, 4, 4)),
+        medium=(Tile(64, 128, 64, 4, 3), Tile(64, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3)),
+        large=(Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 4, 3)),
+        float32=(Tile(32, 64, 32, 4, 2),),
+    )
+    # m tokens, n columns of dx, k ranks
+    dropped_dx: Tile = Tile(64, 128, 32, 8, 2)
+    # m ranks, n columns of x, k tokens
+    dropped_da: Tile = Tile(64, 128, 32, 8, 2)
+    # m tokens, n ranks
+    gate: Tile = Tile(32, 64, 1, 4, 1)
+    # columns a split of the contraction covers at least
+    least_split: int = 512
+    # floating point operations an H100 does in bfloat16 while it moves a byte
+    balance: float = 266.0
+    # throughput of the dual-source kernel over cuBLAS's; to be measured
+    dual_efficiency: float = 0.7
+
+
+TILES = LoraMixTiles()
+
+
+# -- kernels ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _gate_tile(
+    gates_ptr, owner_ptr, scale_ptr, rows, cols, row_mask, col_mask, run, num_experts, KIND: tl.constexpr
+):  # fmt: skip
+    """G [rows, cols] in float32: gate times scaling, or scaling where the rank belongs to the row's expert."""
+    scale = tl.load(scale_ptr + cols, mask=col_mask, other=0.0)
+    owner = tl.load(owner_ptr + cols, mask=col_mask, other=-2)
+    if KIND == _SOFT:
+        inside = row_mask[:, None] & col_mask[None, :]
+        places = (rows // run)[:, None] * num_experts + owner[None, :]
+        factor = tl.load(gates_ptr + places, mask=inside, other=0.0) * scale[None, :]
+    elif KIND == _IDS:
+        # an id outside 0..E-1 owns no rank
+        ids = tl.load(gates_ptr + rows // run, mask=row_mask, other=-1).to(tl.int64)
+        factor = tl.where(ids[:, None] == owner[None, :].to(tl.int64), scale[None, :], 0.0)
+    else:
+        factor = tl.where(row_mask[:, None], scale[None, :], 0.0)
+    return factor
+
+
+@triton.jit
+def _rank_product(
+    x_ptr, a_ptr, seed_ptr, rows, cols, T, K, R, split, stride_xt, stride_xk, stride_ar, stride_ak,
+    DROPS: tl.constexpr, THRESHOLD: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Rows of x (dropped entries zero, not yet divided by 1 - p) times rows of a, over this split of K."""
+    acc = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
+    blocks = tl.cdiv(K, BLOCK_K)
+    share = tl.cdiv(blocks, SPLIT)
+    for block in range(split * share, tl.minimum((split + 1) * share, blocks)):
+        ks = block * BLOCK_K + tl.arange(0, BLOCK_K)
+        inside = ks < K
+        x = tl.load(
+            x_ptr + rows[:, None] * stride_xt + ks[None, :].to(tl.int64) * stride_xk,
+            mask=(rows < T)[:, None] & inside[None, :],
+            other=0.0,
+        )
+        a = tl.load(
+            a_ptr + cols[None, :] * stride_ar + ks[:, None].to(tl.int64) * stride_ak,
+            mask=inside[:, None] & (cols < R)[None, :],
+            other=0.0,
+        )
+        if DROPS:
+            x = tl.where(keep_tile(seed_ptr, rows, ks, THRESHOLD), x, tl.zeros_like(x))
+        acc = dot(x, a, acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def _rows_and_ranks(T, R, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr):
+    """This program's rows and ranks in int64; programs beside each other share rows, so that x comes from L2."""
+    blocks = tl.cdiv(R, BLOCK_R)
+    pid = tl.program_id(0)
+    rows = (pid // blocks).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    cols = (pid % blocks).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    return rows, cols
+
+
+@triton.jit
+def _lora_mix_shrink_kernel(
+    x_ptr, a_ptr, s_ptr, mixed_ptr, planes_ptr, gates_ptr, owner_ptr, scale_ptr, seed_ptr,
+    T, K, R, run, num_experts, stride_xt, stride_xk, stride_ar, stride_ak,
+    KIND: tl.constexpr, DROPS: tl.constexpr, THRESHOLD: tl.constexpr, KEEP_SCALE: tl.constexpr,
+    SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """s = drop(x) A^T and s * G, or with SPLIT > 1 the float32 plane of one split."""
+    rows, cols = _rows_and_ranks(T, R, BLOCK_T, BLOCK_R)
+    split = tl.program_id(1)
+    acc = _rank_product(
+        x_ptr, a_ptr, seed_ptr, rows, cols, T, K, R, split, stride_xt, stride_xk, stride_ar, stride_ak,
+        DROPS, THRESHOLD, SPLIT, PRECISION, BLOCK_T, BLOCK_R, BLOCK_K,
+    )  # fmt: skip
+    acc *= KEEP_SCALE
+    row_mask, col_mask = rows < T, cols < R
+    inside = row_mask[:, None] & col_mask[None, :]
+    places = rows[:, None] * R + cols[None, :]
+    if SPLIT > 1:
+        tl.store(planes_ptr + split.to(tl.int64) * T * R + places, acc, mask=inside)
+    else:
+        factor = _gate_tile(
+            gates_ptr, owner_ptr, scale_ptr, rows, cols, row_mask, col_mask, run, num_experts, KIND
+        )  # fmt: skip
+        tl.store(s_ptr + places, acc.to(s_ptr.dtype.element_ty), mask=inside)
+        tl.store(mixed_ptr + places, (acc * factor).to(mixed_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _lora_mix_gate_kernel(
+    planes_ptr, s_ptr, mixed_ptr, gates_ptr, owner_ptr, scale_ptr, T, R, run, num_experts,
+    KIND: tl.constexpr, SPLIT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """s from its planes in fixed order and s * G; with SPLIT = 0 only s * G from s."""
+    rows, cols = _rows_and_ranks(T, R, BLOCK_T, BLOCK_R)
+    row_mask, col_mask = rows < T, cols < R
+    inside = row_mask[:, None] & col_mask[None, :]
+    places = rows[:, None] * R + cols[None, :]
+    if SPLIT == 0:
+        s = tl.load(s_ptr + places, mask=inside, other=0.0).to(tl.float32)
+    else:
+        s = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
+        for split in range(SPLIT):
+            s += tl.load(planes_ptr + tl.cast(split, tl.int64) * T * R + places, mask=inside, other=0.0)
+        tl.store(s_ptr + places, s.to(s_ptr.dtype.element_ty), mask=inside)
+    factor = _gate_tile(
+        gates_ptr, owner_ptr, scale_ptr, rows, cols, row_mask, col_mask, run, num_experts, KIND
+    )  # fmt: skip
+    tl.store(mixed_ptr + places, (s * factor).to(mixed_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _lora_mix_bwd_rank_kernel(
+    dy_ptr, b_ptr, s_ptr, ds_ptr, mixed_ptr, planes_ptr, dgates_ptr, gates_ptr, owner_ptr, scale_ptr,
+    T, N, R, run, num_experts, stride_yt, stride_yn, stride_bn, stride_br, stride_ds,
+    KIND: tl.constexpr, GATES: tl.constexpr, MIXED: tl.constexpr, FUSED: tl.constexpr,
+    SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """u = dy B, then ds = u * G, s * G and each token's gradient of the gates; without FUSED the plane of one split."""
+    rows, cols = _rows_and_ranks(T, R, BLOCK_T, BLOCK_R)
+    split = tl.program_id(1)
+    u = _rank_product(
+        dy_ptr, b_ptr, dy_ptr, rows, cols, T, N, R, split, stride_yt, stride_yn, stride_br, stride_bn,
+        False, 0, SPLIT, PRECISION, BLOCK_T, BLOCK_R, BLOCK_K,
+    )  # fmt: skip
+    row_mask, col_mask = rows < T, cols < R
+    inside = row_mask[:, None] & col_mask[None, :]
+    places = rows[:, None] * R + cols[None, :]
+    if not FUSED:
+        tl.store(planes_ptr + split.to(tl.int64) * T * R + places, u, mask=inside)
+    else:
+        factor = _gate_tile(
+            gates_ptr, owner_ptr, scale_ptr, rows, cols, row_mask, col_mask, run, num_experts, KIND
+        )  # fmt: skip
+        targets = rows[:, None] * stride_ds + cols[None, :]
+        tl.store(ds_ptr + targets, (u * factor).to(ds_ptr.dtype.element_ty), mask=inside)
+        if MIXED or GATES:
+            s = tl.load(s_ptr + places, mask=inside, other=0.0).to(tl.float32)
+            if MIXED:
+                tl.store(mixed_ptr + places, (s * factor).to(mixed_ptr.dtype.element_ty), mask=inside)
+            if GATES:
+                scale = tl.load(scale_ptr + cols, mask=col_mask, other=0.0)
+                owner = tl.load(owner_ptr + cols, mask=col_mask, other=-2)
+                product = u * s * scale[None, :]
+                for expert in range(num_experts):
+                    part = tl.sum(tl.where((owner == expert)[None, :], product, 0.0), 1)
+                    tl.store(dgates_ptr + rows * num_experts + expert, part, mask=row_mask)
+
+
+@triton.jit
+def _lora_mix_bwd_gate_kernel(
+    planes_ptr, s_ptr, ds_ptr, mixed_ptr, dgates_ptr, gates_ptr, starts_ptr, scale_ptr,
+    T, R, run, num_experts, stride_ds, SPLIT,
+    KIND: tl.constexpr, GATES: tl.constexpr, MIXED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """The epilogue of the kernel above from planes of u: a program takes a block of rows through one expert's ranks."""
+    pid = tl.program_id(0)
+    expert = pid % num_experts
+    rows = (pid // num_experts).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    row_mask = rows < T
+    if KIND == _SOFT:
+        gate = tl.load(gates_ptr + (rows // run) * num_experts + expert, mask=row_mask, other=0.0)
+    elif KIND == _IDS:
+        ids = tl.load(gates_ptr + rows // run, mask=row_mask, other=-1).to(tl.int64)
+        gate = tl.where(ids == expert, 1.0, 0.0)
+    else:
+        gate = tl.full((BLOCK_T,), 1.0, tl.float32)
+    total = tl.zeros((BLOCK_T,), tl.float32)
+    end = tl.load(starts_ptr + expert + 1)
+    for start in range(tl.load(starts_ptr + expert), end, BLOCK_R):
+        cols = (start + tl.arange(0, BLOCK_R)).to(tl.int64)
+        inside = row_mask[:, None] & (cols < end)[None, :]
+        places = rows[:, None] * R + cols[None, :]
+        u = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
+        for split in range(SPLIT):
+            u += tl.load(planes_ptr + tl.cast(split, tl.int64) * T * R + places, mask=inside, other=0.0)
+        scale = tl.load(scale_ptr + cols, mask=cols < end, other=0.0)
+        factor = gate[:, None] * scale[None, :]
+        tl.store(
+            ds_ptr + rows[:, None] * stride_ds + cols[None, :], (u * factor).to(ds_ptr.dtype.element_ty), mask=inside
+        )
+        if MIXED or GATES:
+            s = tl.load(s_ptr + places, mask=inside, other=0.0).to(tl.float32)
+            if MIXED:
+                tl.store(mixed_ptr + places, (s * factor).to(mixed_ptr.dtype.element_ty), mask=inside)
+            if GATES:
+                total += tl.sum(u * s * scale[None, :], 1)
+    if GATES:
+        tl.store(dgates_ptr + rows * num_experts + expert, total, mask=row_mask)
+
+
+@triton.jit
+def _lora_mix_bwd_dx_kernel(
+    dx_ptr, ds_ptr, a_ptr, seed_ptr, T, K, R, stride_ds, stride_ar, stride_ak,
+    THRESHOLD: tl.constexpr, KEEP_SCALE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """dx += drop'(ds A), in place."""
+    blocks = tl.cdiv(K, BLOCK_K)
+    pid = tl.program_id(0)
+    rows = (pid // blocks).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    ks = (pid % blocks).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    acc = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
+    for start in range(0, R, BLOCK_R):
+        ranks = (start + tl.arange(0, BLOCK_R)).to(tl.int64)
+        ds = tl.load(
+            ds_ptr + rows[:, None] * stride_ds + ranks[None, :],
+            mask=(rows < T)[:, None] & (ranks < R)[None, :],
+            other=0.0,
+        )
+        a = tl.load(
+            a_ptr + ranks[:, None] * stride_ar + ks[None, :] * stride_ak,
+            mask=(ranks < R)[:, None] & (ks < K)[None, :],
+            other=0.0,
+        )
+        acc = dot(ds, a, acc, PRECISION)
+    places = dx_ptr + rows[:, None] * K + ks[None, :]
+    inside = (rows < T)[:, None] & (ks < K)[None, :]
+    dx = tl.load(places, mask=inside, other=0.0).to(tl.float32)
+    through = tl.where(keep_tile(seed_ptr, rows, ks, THRESHOLD), acc * KEEP_SCALE, 0.0)
+    tl.store(places, (dx + through).to(dx_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _lora_mix_bwd_da_kernel(
+    planes_ptr, ds_ptr, x_ptr, seed_ptr, T, K, R, first, stride_ds, stride_xt, stride_xk, share,
+    THRESHOLD: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """One split's plane [R, K] of ds^T drop(x) over `share` blocks of tokens, for R ranks from `first` on."""
+    blocks = tl.cdiv(K, BLOCK_K)
+    pid = tl.program_id(0)
+    split = tl.program_id(1)
+    ranks = (pid // blocks).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    ks = (pid % blocks).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
+    for block in range(split * share, tl.minimum((split + 1) * share, tl.cdiv(T, BLOCK_T))):
+        rows = tl.cast(block, tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+        ds = tl.load(
+            ds_ptr + rows[None, :] * stride_ds + (first + ranks)[:, None],
+            mask=(rows < T)[None, :] & (ranks < R)[:, None],
+            other=0.0,
+        )
+        x = tl.load(
+            x_ptr + rows[:, None] * stride_xt + ks[None, :] * stride_xk,
+            mask=(rows < T)[:, None] & (ks < K)[None, :],
+            other=0.0,
+        )
+        x = tl.where(keep_tile(seed_ptr, rows, ks, THRESHOLD), x, tl.zeros_like(x))
+        acc = dot(ds, x, acc, PRECISION)
+    places = split.to(tl.int64) * R * K + ranks[:, None] * K + ks[None, :]
+    tl.store(planes_ptr + places, acc, mask=(ranks < R)[:, None] & (ks < K)[None, :])
+
+
+@triton.jit
+def _lora_mix_dual_kernel(
+    y_ptr, x_ptr, weight_ptr, mixed_ptr, b_ptr, bias_ptr, T, N, K, R, stride_xt, stride_wn, stride_mt, stride_bn,
+    HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """y = [x | s * G] [W | B]^T + b: one loop whose source changes after K, so that the pipeline never drains."""
+    pid = tl.program_id(0)
+    blocks_t, blocks_n = tl.cdiv(T, BLOCK_T), tl.cdiv(N, BLOCK_N)
+    # GROUP blocks of rows take turns over the columns, so that W stays in L2
+    group = pid // (GROUP * blocks_n)
+    height = tl.minimum(blocks_t - group * GROUP, GROUP)
+    inner = pid % (GROUP * blocks_n)
+    rows = (group * GROUP + inner % height).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    cols = (inner // height).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_mask, col_mask = rows < T, cols < N
+    blocks_k = tl.cdiv(K, BLOCK_K)
+    acc = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+    for block in range(0, blocks_k + tl.cdiv(R, BLOCK_K)):
+        base = block < blocks_k
+        start = tl.where(base, block, block - blocks_k) * BLOCK_K
+        ks = start + tl.arange(0, BLOCK_K)
+        inside = ks < tl.where(base, K, R)
+        left_ptr = tl.where(base, x_ptr, mixed_ptr)
+        right_ptr = tl.where(base, weight_ptr, b_ptr)
+        left = tl.load(
+            left_ptr + rows[:, None] * tl.where(base, stride_xt, stride_mt) + ks[None, :],
+            mask=row_mask[:, None] & inside[None, :],
+            other=0.0,
+        )
+        right = tl.load(
+            right_ptr + cols[None, :] * tl.where(base, stride_wn, stride_bn) + ks[:, None],
+            mask=inside[:, None] & col_mask[None, :],
+            other=0.0,
+        )
+        acc = dot(left, right, acc, PRECISION)
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
+    y = acc.to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + rows[:, None] * N + cols[None, :], y, mask=row_mask[:, None] & col_mask[None, :])
+
+
+# -- forward ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Gating:
+    """What the kernels read gates from: the tensor, its kind, tokens a row of it, experts, and the rank tables."""
+
+    gates: Tensor
+    kind: int
+    run: int
+    experts: int
+    owner: Tensor
+    scale: Tensor
+    starts: Tensor
+
+
+def _gating(gates: Tensor | None, ranks: Sequence[int], scaling: Sequence[float], x: Tensor) -> _Gating:
+    owner, scale, starts = rank_tables(tuple(ranks), tuple(scaling), x.device)
+    raise_for_ids("lora_mix", gates, len(ranks))
+    if gates is None:
+        return _Gating(scale, NO_GATES, 1, len(ranks), owner, scale, starts)
+    kind = SOFT_GATES if gates.is_floating_point() else EXPERT_IDS
+    run = max(x.shape[0] // max(gates.shape[0], 1), 1)
+    return _Gating(gates.contiguous(), kind, run, len(ranks), owner, scale, starts)
+
+
+def _rank_launch(name: str, tokens: int, width: int, rank: int, like: Tensor, run) -> None:
+    """Run `run(tile, n, split)` with the tile for this size; splits where the tokens alone leave processors idle."""
+
+    def attempt(tile: Tile) -> None:
+        n = min(tile.n, power_of_two(rank))
+        programs = ceil_div(tokens, tile.m) * ceil_div(rank, n)
+        split = 1
+        while 2 * split * programs <= num_processors(like.device) and width // (2 * split) >= TILES.least_split:
+            split *= 2
+        run(tile, n, split)
+
+    key = (name, bucket(tokens), width, rank, like.dtype)
+    attempt(pick_tile(key, TILES.rank.candidates(tokens, like.dtype), like.device, attempt))
+
+
+def _shrink(x: Tensor, lora_a: Tensor, seed: Tensor | None, dropout: float, by: _Gating) -> tuple[Tensor, Tensor]:
+    """s = drop(x) A^T and s * G, [T, R] in x's dtype."""
+    (tokens, width), rank = x.shape, lora_a.shape[0]
+    s, mixed = x.new_empty(tokens, rank), x.new_empty(tokens, rank)
+
+    def run(tile: Tile, n: int, split: int) -> None:
+        planes = x.new_empty(split, tokens, rank, dtype=torch.float32) if split > 1 else s
+        launch(
+            _lora_mix_shrink_kernel, (ceil_div(tokens, tile.m) * ceil_div(rank, n), split),
+            x, lora_a, s, mixed, planes, by.gates, by.owner, by.scale, x if seed is None else seed,
+            tokens, width, rank, by.run, by.experts, *x.stride(), *lora_a.stride(),
+            KIND=by.kind, DROPS=dropout > 0.0, THRESHOLD=threshold(dropout), KEEP_SCALE=1.0 / (1.0 - dropout),
+            SPLIT=split, PRECISION=dot_precision(), BLOCK_T=tile.m, BLOCK_R=n, BLOCK_K=tile.k,
+            warps=tile.warps, stages=tile.stages,
+        )  # fmt: skip
+        if split > 1:
+            _mix(planes, s, mixed, split, by)
+
+    _rank_launch("lora_mix_shrink", tokens, width, rank, x, run)
+    return s, mixed
+
+
+def _mix(planes: Tensor, s: Tensor, mixed: Tensor, split: int, by: _Gating) -> None:
+    (tokens, rank), tile = s.shape, TILES.gate
+    n = min(tile.n, power_of_two(rank))
+    launch(
+        _lora_mix_gate_kernel, (ceil_div(tokens, tile.m) * ceil_div(rank, n),),
+        planes, s, mixed, by.gates, by.owner, by.scale, tokens, rank, by.run, by.experts,
+        KIND=by.kind, SPLIT=split, BLOCK_T=tile.m, BLOCK_R=n, warps=tile.warps,
+    )  # fmt: skip
+
+
+def choose_expand(tokens: int, width: int, rank: int, dtype: torch.dtype) -> str:
+    """ "addmm" or "dual": which way of adding (s * G) B^T costs less, as a share of the base product's time.
+
+    addmm_ reads and writes y once more, the dual-source kernel gives up cuBLAS's throughput. Below 512 tokens the base
+    product waits for W, not for arithmetic, and the formula says nothing.
+    """
+    if dtype == torch.float32 or tokens < 512 or rank % 8 != 0 or width % 8 != 0:
+        return "addmm"
+    addmm = (rank + 2.0 * TILES.balance) / width
+    dual = (1.0 + rank / width) / TILES.dual_efficiency - 1.0
+    return "dual" if dual < addmm else "addmm"
+
+
+def expand_dual_source(x: Tensor, weight: Tensor, bias: Tensor | None, mixed: Tensor, lora_b: Tensor) -> Tensor:
+    """x W^T + b + mixed B^T in one kernel that writes y once: [T, N]."""
+    x, weight, mixed, lora_b = (tensor.contiguous() for tensor in (x, weight, mixed, lora_b))
+    (tokens, width), (out, rank) = x.shape, lora_b.shape
+    y = x.new_empty(tokens, out)
+
+    def run(tile: Tile) -> None:
+        launch(
+            _lora_mix_dual_kernel, (ceil_div(tokens, tile.m) * ceil_div(out, tile.n),),
+            y, x, weight, mixed, lora_b, weight if bias is None else bias, tokens, out, width, rank,
+            x.stride(0), weight.stride(0), mixed.stride(0), lora_b.stride(0),
+            HAS_BIAS=bias is not None, PRECISION=dot_precision(), GROUP=8,
+            BLOCK_T=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, warps=tile.warps, stages=tile.stages,
+        )  # fmt: skip
+
+    key = ("lora_mix_dual", bucket(tokens), width, out, rank, x.dtype)
+    run(pick_tile(key, TILES.dual.candidates(tokens, x.dtype), x.device, run))
+    return y
+
+
+def expand(x: Tensor, weight: Tensor, bias: Tensor | None, mixed: Tensor, lora_b: Tensor) -> Tensor:
+    """The base layer plus mixed B^T by the cheaper way: [T, N]."""
+    if choose_expand(x.shape[0], x.shape[1], lora_b.shape[1], x.dtype) == "dual":
+        return expand_dual_source(x, weight, bias, mixed, lora_b)
+    return F.linear(x, weight, bias).addmm_(mixed, lora_b.t())
+
+
+def _supports(x, weight, bias, lora_a, lora_b, gates, *_rest) -> str | None:
+    if gates is not None and gates.dtype == torch.float64:
+        return "triton takes gates in float32, got torch.float64"
+    return dtype_reason(x, weight, bias, lora_a, lora_b)
+
+
+@lora_mix_op.provider("triton", supports=_supports)
+def lora_mix_triton(x, weight, bias, lora_a, lora_b, gates, seed, ranks, scaling, trainable, dropout):
+    """One pass over x for s and s * G, then y."""
+    gates = gates if gates is None or not gates.is_floating_point() else gates.float()
+    s, mixed = _shrink(x, lora_a, seed, dropout, _gating(gates, ranks, scaling, x))
+    return expand(x, weight, bias, mixed, lora_b), s
+
+
+# -- backward ---------------------------------------------------------------------------------------------------------
+
+
+def trainable_runs(ranks: Sequence[int], trainable: Sequence[bool]) -> list[tuple[int, int]]:
+    """Ranges of consecutive ranks that train: what dA and dB are computed for."""
+    runs: list[tuple[int, int]] = []
+    start = 0
+    for rank, trains in zip(ranks, trainable, strict=True):
+        if trains and rank:
+            joins = bool(runs) and runs[-1][1] == start
+            runs = [*runs[:-1], (runs[-1][0], start + rank)] if joins else [*runs, (start, start + rank)]
+        start += rank
+    return runs
+
+
+def rank_gradients(
+    dy: Tensor, lora_b: Tensor, s: Tensor, gates: Tensor | None, ranks: Sequence[int], scaling: Sequence[float],
+    ds: Tensor, needs_mixed: bool, needs_gates: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Writes ds = (dy B) * G into `ds` [T, R] and gives s * G [T, R] and the gates' gradient by token [T, E] float32."""
+    by = _gating(gates, ranks, scaling, dy)
+    (tokens, out), rank = dy.shape, lora_b.shape[1]
+    s = s.contiguous()
+    mixed = dy.new_empty(s.shape) if needs_mixed else s
+    dgates = dy.new_zeros(tokens, by.experts, dtype=torch.float32) if needs_gates else s
+
+    def run(tile: Tile, n: int, split: int) -> None:
+        # a program sees all ranks of its rows, or leaves the sum over an expert's ranks to the second kernel
+        fused = split == 1 and (not needs_gates or n >= rank)
+        planes = s if fused else dy.new_empty(split, tokens, rank, dtype=torch.float32)
+        launch(
+            _lora_mix_bwd_rank_kernel, (ceil_div(tokens, tile.m) * ceil_div(rank, n), split),
+            dy, lora_b, s, ds, mixed, planes, dgates, by.gates, by.owner, by.scale,
+            tokens, out, rank, by.run, by.experts, *dy.stride(), *lora_b.stride(), ds.stride(0),
+            KIND=by.kind, GATES=needs_gates, MIXED=needs_mixed, FUSED=fused, SPLIT=split, PRECISION=dot_precision(),
+            BLOCK_T=tile.m, BLOCK_R=n, BLOCK_K=tile.k, warps=tile.warps, stages=tile.stages,
+        )  # fmt: skip
+        if not fused:
+            gate = TILES.gate
+            launch(
+                _lora_mix_bwd_gate_kernel, (ceil_div(tokens, gate.m) * by.experts,),
+                planes, s, ds, mixed, dgates, by.gates, by.starts, by.scale,
+                tokens, rank, by.run, by.experts, ds.stride(0), split,
+                KIND=by.kind, GATES=needs_gates, MIXED=needs_mixed,
+                BLOCK_T=gate.m, BLOCK_R=16, warps=gate.warps,
+            )  # fmt: skip
+
+    _rank_launch("lora_mix_bwd_rank", tokens, out, rank, dy, run)
+    return mixed, dgates
+
+
+def input_gradient(
+    dy: Tensor, weight: Tensor, ds: Tensor, lora_a: Tensor, seed: Tensor | None, dropout: float
+) -> Tensor:
+    """dy W + drop'(ds A): [T, K]."""
+    dx = dy @ weight
+    if dropout == 0.0:
+        return dx.addmm_(ds, lora_a)
+    tokens, width = dx.shape
+    tile, rank = TILES.dropped_dx, lora_a.shape[0]
+    launch(
+        _lora_mix_bwd_dx_kernel, (ceil_div(tokens, tile.m) * ceil_div(width, tile.n),),
+        dx, ds, lora_a, seed, tokens, width, rank, ds.stride(0), *lora_a.stride(),
+        THRESHOLD=threshold(dropout), KEEP_SCALE=1.0 / (1.0 - dropout), PRECISION=dot_precision(),
+        BLOCK_T=tile.m, BLOCK_K=tile.n, BLOCK_R=tile.k, warps=tile.warps, stages=tile.stages,
+    )  # fmt: skip
+    return dx
+
+
+def _dropped_da(ds: Tensor, x: Tensor, seed: Tensor, dropout: float, first: int, last: int) -> Tensor:
+    """ds[:, first:last]^T drop(x) in float32: planes over splits of T, added in fixed order."""
+    (tokens, width), rank, tile = x.shape, last - first, TILES.dropped_da
+    m = min(tile.m, power_of_two(rank))
+    programs = ceil_div(rank, m) * ceil_div(width, tile.n)
+    blocks = ceil_div(tokens, tile.k)
+    split = max(1, min(ceil_div(blocks, 4), ceil_div(2 * num_processors(x.device), max(programs, 1))))
+    planes = x.new_empty(split, rank, width, dtype=torch.float32)
+    launch(
+        _lora_mix_bwd_da_kernel, (programs, split),
+        planes, ds, x, seed, tokens, width, rank, first, ds.stride(0), *x.stride(), ceil_div(blocks, split),
+        THRESHOLD=threshold(dropout), PRECISION=dot_precision(),
+        BLOCK_R=m, BLOCK_K=tile.n, BLOCK_T=tile.k, warps=tile.warps, stages=tile.stages,
+    )  # fmt: skip
+    return planes.sum(0) * (1.0 / (1.0 - dropout))
+
+
+def adapter_gradients(
+    dy: Tensor, x: Tensor, ds: Tensor, mixed: Tensor, seed: Tensor | None, dropout: float,
+    runs: Sequence[tuple[int, int]], needs_a: bool, needs_b: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dA [R, K] and dB [N, R]: zero outside the runs of ranks that train, which alone cost work."""
+    rank = mixed.shape[1]
+    da = x.new_zeros(rank, x.shape[1]) if needs_a else x.new_empty(0)
+    db = x.new_zeros(dy.shape[1], rank) if needs_b else x.new_empty(0)
+    for first, last in runs:
+        if needs_a and dropout > 0.0:
+            da[first:last] = _dropped_da(ds, x, seed, dropout, first, last)
+        elif needs_a:
+            da[first:last] = ds[:, first:last].t() @ x
+        if needs_b:
+            db[:, first:last] = dy.t() @ mixed[:, first:last]
+    return da, db
+
+
+def _supports_backward(dy, x, weight, lora_a, lora_b, gates, seed, s, *_rest) -> str | None:
+    if gates is not None and gates.dtype == torch.float64:
+        return "triton takes gates in float32, got torch.float64"
+    return dtype_reason(dy, x, weight, lora_a, lora_b, s)
+
+
+@lora_mix_backward_op.provider("triton", supports=_supports_backward)
+def lora_mix_backward_triton(
+    dy, x, weight, lora_a, lora_b, gates, seed, s, ranks, scaling, trainable, dropout, needs
+):  # fmt: skip
+    """One pass over dy in rank space, then dx, dA and dB."""
+    needs_x, needs_weight, needs_bias, needs_a, needs_b, needs_gates = needs
+    empty = [x.new_empty(0) for _ in needs]
+    wide = gates.float() if gates is not None and gates.is_floating_point() else gates
+    ds, mixed = x.new_empty(s.shape), s
+    if needs_x or needs_a or needs_gates:
+        mixed, by_token = rank_gradients(dy, lora_b, s, wide, ranks, scaling, ds, needs_b, needs_gates)
+    elif needs_b:
+        s, mixed = s.contiguous(), x.new_empty(s.shape)
+        _mix(s, s, mixed, 0, _gating(wide, ranks, scaling, x))
+    dx = input_gradient(dy, weight, ds, lora_a, seed, dropout) if needs_x else empty[0]
+    dweight = dy.t() @ x if needs_weight else empty[1]
+    dbias = dy.sum(0) if needs_bias else empty[2]
+    runs = trainable_runs(ranks, trainable)
+    da, db = adapter_gradients(dy, x, ds, mixed, seed, dropout, runs, needs_a, needs_b)
+    dgates = empty[5]
+    if needs_gates:
+        rows, experts = gates.shape
+        dgates = by_token.view(rows, dy.shape[0] // max(rows, 1), experts).sum(1).to(gates.dtype)
+    return dx, dweight, dbias, da, db, dgates
