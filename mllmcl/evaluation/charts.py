@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 
 from .matrix import AccuracyMatrix
 from .metrics import over_time
@@ -24,6 +25,8 @@ __all__ = [
 ]
 
 NONE = "&ndash;"
+#: share from which a shaded cell needs the other ink to be read
+INK_TURNS = 0.6
 
 
 def percent(share: float | None, digits: int = 1) -> str:
@@ -83,9 +86,9 @@ class _Frame:
         text = f'<text x="{self.margin[0] - 7}" y="{y + 3.5}" text-anchor="end">{label}</text>'
         return f'<line class="grid" x1="{self.margin[0]}" x2="{right}" y1="{y}" y2="{y}"/>{text}'
 
-    def below(self, value: float, label: str) -> str:
+    def below(self, value: float, label: str, anchor: str = "middle") -> str:
         y = self.size[1] - self.margin[3] + 15
-        return f'<text x="{self.at_x(value)}" y="{y}" text-anchor="middle">{label}</text>'
+        return f'<text x="{self.at_x(value)}" y="{y}" text-anchor="{anchor}">{label}</text>'
 
     def svg(self, label: str, *parts: str) -> str:
         width, height = self.size
@@ -123,7 +126,7 @@ def _heat_row(label: str, scores: Sequence[float | None], row: int, mean: float 
 
 def _heat_cell(share: float, text: str, css: str = "") -> str:
     share = min(max(share, 0.0), 1.0)
-    names = " ".join(name for name in (css, "high" if share > 0.5 else "") if name)
+    names = " ".join(name for name in (css, "high" if share > INK_TURNS else "") if name)
     return f'<td class="{names}" style="--v:{share:.3f}">{text}</td>'
 
 
@@ -208,9 +211,11 @@ def _end_labels(frame: _Frame, shown: list[tuple[float, Series]]) -> list[str]:
 def average_chart(matrices: Sequence[AccuracyMatrix]) -> str:
     """Mean accuracy of the tasks learned so far over time, one line a run."""
     count = len(matrices[0].tasks)
-    frame = _Frame((1, max(count, 2)), (0.0, 1.0), (720, 230), (34, 10, 50, 24))
+    frame = _Frame((1, max(count, 2)), (0.0, 1.0), (720, 210), (34, 10, 44, 24))
     parts = [frame.horizontal(level, f"{level * 100:.0f}") for level in (0.0, 0.25, 0.5, 0.75, 1.0)]
-    parts += [frame.below(at + 1, _short(name)) for at, name in enumerate(matrices[0].tasks)]
+    for at, name in enumerate(matrices[0].tasks):
+        label = _short(name) if count <= 8 else str(at + 1)
+        parts.append(frame.below(at + 1, label, "start" if at == 0 else "end" if at == count - 1 else "middle"))
     shown = []
     for run, matrix in enumerate(matrices):
         means = over_time(matrix.learned().cells())
@@ -259,17 +264,16 @@ def loss_chart(runs: Sequence[tuple[Sequence[tuple[int, float]], Sequence[tuple[
     return frame.svg("training loss over steps", *parts)
 
 
-def _smooth(points: Sequence[tuple[int, float]], starts: Sequence[tuple[int, str]], keep: float = 0.8) -> list[list]:
-    """Exponential running mean, begun anew at every task."""
-    bounds = [step for step, _ in starts[1:]] + [math.inf]
-    parts: list[list[tuple[int, float]]] = [[]]
-    mean = None
-    for step, loss in points:
-        if step > bounds[len(parts) - 1]:
-            parts.append([])
-            mean = None
-        mean = loss if mean is None else keep * mean + (1.0 - keep) * loss
-        parts[-1].append((step, mean))
+def _smooth(points: Sequence[tuple[int, float]], starts: Sequence[tuple[int, str]]) -> list[list[tuple[int, float]]]:
+    """Centred running mean over an eighth of a task's points, task by task."""
+    bounds = [-math.inf, *(step for step, _ in starts[1:]), math.inf]
+    parts = []
+    for low, high in pairwise(bounds):
+        part = [(step, loss) for step, loss in points if low < step <= high]
+        reach = len(part) // 16
+        windows = [part[max(0, at - reach) : at + reach + 1] for at in range(len(part))]
+        means = [sum(loss for _, loss in window) / len(window) for window in windows]
+        parts.append([(step, mean) for (step, _), mean in zip(part, means, strict=True)])
     return parts
 
 

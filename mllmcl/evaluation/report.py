@@ -22,7 +22,7 @@ TILES = (
     ("last", "Last", "last"),
     ("average", "Average over time", "average"),
     ("finetune", "Just trained", "finetune"),
-    ("bwt_T-1", "Backward transfer", "bwt_T-1"),
+    ("bwt_T-1", "BWT, divisor T&minus;1", "bwt_T-1"),
     ("forgetting", "Forgetting", "forgetting"),
     ("router", "Router accuracy", None),
 )
@@ -102,6 +102,10 @@ def _section(title: str, lead: str, *parts: str) -> str:
     return f"<section><h2>{title}</h2>{text}{body}</section>" if body else ""
 
 
+def _subhead(name: str) -> str:
+    return f'<h3 class="run">{escape(name)}</h3>'
+
+
 def _key(names: Sequence[str]) -> str:
     """Which colour is which run; nothing for a single one."""
     if len(names) == 1:
@@ -175,18 +179,21 @@ def _headline(runs: list[RunFiles], names: list[str]) -> str:
     shown = [tile for tile in TILES if tile[0] != "router" or any(_value(run, "router") is not None for run in runs)]
     if len(runs) > 1:
         return _comparison(runs, names, shown)
-    run, tiles = runs[0], []
-    counts = run.part.num_test
-    number = "" if counts is None else f"n = {sum(counts):,}"
-    for key, label, interval in shown:
-        share, span = _value(run, key), _interval(run, interval)
-        unit = " %" if share is not None and not key.startswith("bwt") and key != "forgetting" else ""
-        unit = " points" if share is not None and not unit else unit
-        small = "<br>".join(text for text in (f"95 % {span}" if span else "", number) if text)
-        tiles.append(
-            f'<div class="tile"><span>{label}</span><b>{_number(key, share)}<small>{unit}</small></b><em>{small}</em></div>'
-        )
-    return f'<div class="tiles">{"".join(tiles)}</div>'
+    tiles = "".join(_tile(runs[0], *tile) for tile in shown)
+    return f'<div class="tiles">{tiles}</div>'
+
+
+def _tile(run: RunFiles, key: str, label: str, interval: str | None) -> str:
+    """A number with its unit; small below it the interval, n, and for BWT the other divisor."""
+    share, span, counts = _value(run, key), _interval(run, interval), run.part.num_test
+    unit = "" if share is None else " points" if key in ("bwt_T-1", "forgetting") else " %"
+    small = [f"95 %: {span}"] if span else []
+    small += [f"divisor T: {signed(_value(run, 'bwt_T'))}"] if key == "bwt_T-1" else []
+    small += [f"n = {sum(counts):,}"] if counts is not None else []
+    return (
+        f'<div class="tile"><span>{label}</span><b>{_number(key, share)}<small>{unit}</small></b>'
+        f"<em>{'<br>'.join(small)}</em></div>"
+    )
 
 
 def _comparison(runs: list[RunFiles], names: list[str], shown: Sequence[tuple]) -> str:
@@ -221,7 +228,7 @@ def _matrices(runs: list[RunFiles], names: list[str]) -> str:
     scale = '<div class="scale">0 <i></i> 100 % <u></u> task not learned yet, or not measured</div>'
     parts = []
     for run, name in zip(runs, names, strict=True):
-        parts.append(f"<h3>{escape(name)}</h3>" if len(runs) > 1 else "")
+        parts.append(_subhead(name) if len(runs) > 1 else "")
         parts.append(charts.heat_map(run.matrix))
     return _section("Accuracy matrix", lead, *parts, scale)
 
@@ -251,7 +258,7 @@ def _forgetting(runs: list[RunFiles], names: list[str]) -> str:
     part = runs[0].part
     if part.num_learned < 2:
         return ""
-    lines = ['<div class="head">task</div><div class="head">0 to 100 %</div><div class="head num">points lost</div>']
+    lines = [_bar("task", "0 to 100 %", "points lost", "head")]
     for task, name in enumerate(part.tasks[:-1]):
         tracks, numbers = [], []
         for at, run in enumerate(runs):
@@ -261,11 +268,13 @@ def _forgetting(runs: list[RunFiles], names: list[str]) -> str:
             tracks.append(_fall_track(now, fall, at))
             numbers.append(percent(fall))
         joined = " / ".join(numbers)
-        lines.append(
-            f'<div>{escape(name)}</div><div class="group">{"".join(tracks)}</div><div class="num">{joined}</div>'
-        )
+        lines.append(_bar(escape(name), "".join(tracks), joined))
     lead = "From the best score since the task was learned (ring) to the score at the end (dot)."
     return _section("Forgetting", lead, _key(names), f'<div class="bars">{"".join(lines)}</div>')
+
+
+def _bar(label: str, tracks: str, numbers: str, css: str = "group") -> str:
+    return f'<div class="bar"><div>{label}</div><div class="{css}">{tracks}</div><div class="num">{numbers}</div></div>'
 
 
 def _fall_track(now: float | None, fall: float | None, at: int) -> str:
@@ -274,8 +283,10 @@ def _fall_track(now: float | None, fall: float | None, at: int) -> str:
     best = now + fall
     left, width = 100 * min(now, best), 100 * abs(fall)
     return (
-        f'<div class="track" style="--c:var(--run-{at % 6})"><b class="span" style="left:{left:.2f}%;width:{width:.2f}%"></b>'
-        f'<span class="from" style="left:{100 * best:.2f}%"></span><span class="at" style="left:{100 * now:.2f}%"></span></div>'
+        f'<div class="track" style="--c:var(--run-{at % 6})">'
+        f'<b class="span" style="left:{left:.2f}%;width:{width:.2f}%"></b>'
+        f'<span class="from" style="left:{100 * best:.2f}%"></span>'
+        f'<span class="at" style="left:{100 * now:.2f}%"></span></div>'
     )
 
 
@@ -287,7 +298,7 @@ def _routing(runs: list[RunFiles], names: list[str]) -> str:
             continue
         accuracy = router.get("accuracy")
         text = "" if accuracy is None else f"Accuracy {percent(accuracy)} %."
-        parts.append(f"<h3>{escape(name)}</h3>" if len(runs) > 1 else "")
+        parts.append(_subhead(name) if len(runs) > 1 else "")
         parts.append(charts.confusion_table(router["confusion"], run.matrix.tasks))
         parts.append(f'<p class="caption">{text}</p>' if text else "")
     lead = "Test items after the last task. Rows: task the item belongs to; columns: expert the router chose."
@@ -312,7 +323,7 @@ def _costs(runs: list[RunFiles], names: list[str]) -> str:
     if not any(seconds):
         return ""
     top = max((cost.train_seconds or 0.0) + (cost.evaluation_seconds or 0.0) for some in costs for cost in some)
-    lines = ['<div class="head">task</div><div class="head"></div><div class="head num">training + evaluation</div>']
+    lines = [_bar("task", "", "training + evaluation", "head")]
     for task, name in enumerate(runs[0].part.tasks):
         tracks, numbers = [], []
         for at, some in enumerate(costs):
@@ -320,9 +331,7 @@ def _costs(runs: list[RunFiles], names: list[str]) -> str:
                 tracks.append(_cost_track(some[task], top, at))
                 numbers.append(_cost_text(some[task]))
         joined = "<br>".join(numbers)
-        lines.append(
-            f'<div>{escape(name)}</div><div class="group">{"".join(tracks)}</div><div class="num">{joined}</div>'
-        )
+        lines.append(_bar(escape(name), "".join(tracks), joined))
     facts = _run_facts(runs, names)
     lead = "Strong: training; light: evaluation of all tasks after it; memory: highest so far in the run."
     return _section("Time and memory", lead, _key(names), f'<div class="bars">{"".join(lines)}</div>', facts)
@@ -346,8 +355,8 @@ def _duration(seconds: float | None) -> str:
         return NONE
     if seconds < 100:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def _bytes(count: int) -> str:
@@ -375,13 +384,13 @@ def _run_facts(runs: list[RunFiles], names: list[str]) -> str:
 def _tasks(runs: list[RunFiles], names: list[str]) -> str:
     parts = []
     for run, name in zip(runs, names, strict=True):
-        parts.append(f'<h3 style="margin-top:1.4rem">{escape(name)}</h3>' if len(runs) > 1 else "")
+        parts.append(_subhead(name) if len(runs) > 1 else "")
         parts.append(_task_table(run))
     lead = "In percent; points for forgetting."
     if any(run.metrics["errors"] and any(run.metrics["errors"].values()) for run in runs):
         lead += (
-            " Errors as a share of all items: HAL, a wrong one of the task's own answers; IUF, an answer in another form or "
-            "of another task; OTH, anything else; only for tasks with a closed set of answers."
+            " Errors as a share of all items: HAL, a wrong one of the task's own answers; IUF, an answer in another "
+            "form or of another task; OTH, anything else; only for tasks with a closed set of answers."
         )
     return _section("Tasks", lead, *parts)
 
@@ -399,7 +408,10 @@ def _task_table(run: RunFiles) -> str:
         cells += [percent((errors.get(name) or {}).get(kind)) for kind in kinds]
         lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     head = "".join(f"<th>{label}</th>" for label in heads)
-    return f'<div class="scroll"><table class="data"><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+    return (
+        f'<div class="scroll"><table class="data"><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(lines)}</tbody></table></div>"
+    )
 
 
 def _samples(runs: list[RunFiles], names: list[str]) -> str:
@@ -443,13 +455,14 @@ def _answer_row(run: RunFiles, row: int | None, item, name: str | None) -> str:
 
 def _definitions() -> str:
     items = "".join(
-        f"<dt>{escape(metric.label)}</dt><dd><code>{escape(metric.formula)}</code><small>{escape(metric.source)}</small></dd>"
+        f"<dt>{escape(metric.label)}</dt>"
+        f"<dd><code>{escape(metric.formula)}</code><small>{escape(metric.source)}</small></dd>"
         for metric in METRICS.values()
     )
     lead = (
-        "a[k,t] is the score on task t after task k was learned, z[t] the zero-shot score, T the number of tasks. A number "
-        "that needs a cell that was not measured is left out. Intervals: 2.5 to 97.5 percentile of 1,000 draws of the test "
-        "items with replacement, the same draw for all rows."
+        "a[k,t] is the score on task t after task k was learned, z[t] the zero-shot score, T the number of tasks. A "
+        "number that needs a cell that was not measured is left out. Intervals: 2.5 to 97.5 percentile of 1,000 draws "
+        "of the test items with replacement, the same draw for all rows."
     )
     return _section("How the numbers are defined", lead, f'<dl class="formulas">{items}</dl>')
 

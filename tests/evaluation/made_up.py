@@ -1,6 +1,6 @@
 """Run folders with made-up numbers, to test and to look at reports. Nothing in them was measured.
 
-    python -m tests.evaluation.made_up FOLDER     two runs and the pages of one and of both
+python -m tests.evaluation.made_up FOLDER     two runs and the pages of one and of both
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from PIL import Image
 from mllmcl.evaluation import AccuracyMatrix, Prediction, compute_metrics, mean_scores, write_predictions, write_report
 from mllmcl.files import atomic_write_json
 
-NOTE = "Made-up test data. No model was trained and nothing here was measured; the page only shows what a report looks like."
+NOTE = "Made-up test data: no model was trained and nothing was measured; this only shows what a report looks like."
 
 TASKS = {
     "remote sensing": ("Is there a water area in the image?", ("yes", "no", "urban", "rural")),
@@ -29,7 +29,13 @@ TASKS = {
 
 
 def make_run(
-    folder: Path, *, method: str = "made_up_router", seed: int = 0, keep: float = 0.97, num_test: int = 120, learned: int = 5
+    folder: Path,
+    *,
+    method: str = "made_up_router",
+    seed: int = 0,
+    keep: float = 0.97,
+    num_test: int = 120,
+    learned: int = 5,
 ) -> Path:
     """A run folder as training writes it; `keep` is the share of a task's skill that each later task leaves."""
     random = np.random.default_rng(seed)
@@ -137,7 +143,9 @@ def _write_pictures(folder: Path, random, tasks: list[str]) -> None:
         grid = np.linspace(0, 6 + index, 96)
         waves = np.sin(grid[:, None] + random.uniform(0, 6)) * np.cos(grid[None, :] * (1 + 0.3 * index))
         colors = (waves[..., None] + 1) * np.array([90 + 20 * index, 110, 160 - 20 * index]) * 0.6
-        Image.fromarray(colors.clip(0, 255).astype(np.uint8)).resize((384, 288)).save(folder / "samples" / f"{index}.png")
+        Image.fromarray(colors.clip(0, 255).astype(np.uint8)).resize((384, 288)).save(
+            folder / "samples" / f"{index}.png"
+        )
         entries.append({"id": f"{name}-0", "task": name, "file": f"{index}.png"})
     (folder / "samples" / "samples.json").write_text(json.dumps(entries))
 
