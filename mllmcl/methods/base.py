@@ -92,6 +92,10 @@ class Method:
     def on_task_end(self, task: Task) -> None:
         """After the last step of a task: merge, store, take statistics."""
 
+    def task_of(self, expert: int) -> int:
+        """Index of the task that a routed expert belongs to; -1 is the base model."""
+        return expert
+
     def parameter_masks(self) -> dict:
         """Masks of parameters, name to `mllmcl_kernels.Mask`, for the optimiser: frozen experts by default."""
         return self.mllm.parameter_masks() if self.mllm.experts is not None else {}

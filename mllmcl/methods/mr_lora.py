@@ -84,9 +84,8 @@ class MrLora(LoraMethod):
             tasks = self.by_letter(samples)
         return torch.where(tasks < 0, tasks, tasks + self._first)
 
-    def task_of(self, experts: Tensor) -> Tensor:
-        """The task index that each expert was trained on."""
-        return torch.where(experts < 0, experts, experts - self._first)
+    def task_of(self, expert: int) -> int:
+        return expert if expert < 0 else expert - self._first
 
     def on_task_start(self, task) -> None:
         expert = self.index_of(task) + self._first

@@ -27,7 +27,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..files import fsync_file, fsync_folder, is_alive, remove_leftovers, sha256_file
+from ..files import fsync_file, fsync_folder, is_alive, remove_leftovers, sha256_file, write_durably
 
 __all__ = ["CheckpointError", "Loaded", "latest_checkpoint", "load_optimizer", "optimizer_tensors", "save_checkpoint"]
 
@@ -166,15 +166,18 @@ def _check_json(value: object, where: str) -> None:
 def _write_files(folder: Path, step, tensors, state, pin, config_sha256) -> None:
     """All files of a checkpoint into `folder`, each synced, the manifest last."""
     for group, named in tensors.items():
-        safetensors.torch.save_file(_separate(named), folder / f"{group}.safetensors")
-    (folder / "state.json").write_text(json.dumps(state, allow_nan=False))
+        path = folder / f"{group}.safetensors"
+        try:
+            safetensors.torch.save_file(_separate(named), path)
+        except SafetensorError as error:
+            raise OSError(f"{path}: could not be written ({error})") from error
+        fsync_file(path)
+    write_durably(folder / "state.json", json.dumps(state, allow_nan=False))
     files = {}
     for path in sorted(folder.iterdir()):
-        fsync_file(path)
         files[path.name] = {"sha256": sha256_file(path), "size": path.stat().st_size}
     manifest = {"format": FORMAT, "step": step, "pin": bool(pin), "config_sha256": config_sha256, "files": files}
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    fsync_file(folder / "manifest.json")
+    write_durably(folder / "manifest.json", json.dumps(manifest, indent=1))
     fsync_folder(folder)
 
 

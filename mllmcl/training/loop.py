@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -23,13 +24,15 @@ from ..evaluation import Report
 from ..files import FolderLock, append_line
 from ..methods import Method, Phase
 from ..models import MLLM
-from ..streams import Stream, Task
 from . import records
 from .checkpoint import latest_checkpoint, load_optimizer, optimizer_tensors, save_checkpoint
 from .config import TrainConfig
 from .guards import Watch, check_finite
 from .progress import Progress
 from .rng import capture_rng, generator, restore_rng, seed_everything
+
+if TYPE_CHECKING:
+    from ..streams import Stream, Task
 
 __all__ = ["Position", "train"]
 

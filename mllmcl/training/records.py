@@ -12,7 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,16 @@ import torch
 import yaml
 from torch import Tensor
 
-from ..evaluation import AccuracyMatrix, Prediction, Report, compute_metrics, evaluate
+from ..evaluation import (
+    AccuracyMatrix,
+    Prediction,
+    Report,
+    compute_metrics,
+    evaluate,
+    mean_scores,
+    read_predictions,
+    write_predictions,
+)
 from ..files import atomic_write, atomic_write_json
 from ..models.adapter_files import export_expert
 from .config import TrainConfig
@@ -169,81 +178,46 @@ def note_mixing_share(run: Run, samples: Sequence[Sample], rounds: int = 3) -> N
     run.results["mixing_share"].append(round(statistics.median(shares), 4))
 
 
-def predict(run: Run, tasks: Sequence[Task], progress: Progress) -> list[list[Prediction]]:
-    """Answers to every test item of the tasks, routed as the method says; experts as task indices are the method's."""
-    answered = []
-    for task in tasks:
-        answered.append(
-            evaluate(
-                run.mllm,
-                task.test,
-                experts="route",
-                scorer=task.scorer,
-                batch_size=run.config.eval_batch_size,
-                max_new_tokens=run.config.max_new_tokens,
-            )
-        )
-        progress.advance(len(task.test))
-    return answered
+def predict(run: Run, tasks: Sequence[Task], progress: Progress) -> list[Prediction]:
+    """Answers to every test item of the tasks; `expert` is the task whose expert the method's router chose."""
+    found = evaluate(
+        run.mllm,
+        [sample for task in tasks for sample in task.test],
+        experts="route",
+        scorer={task.name: task.scorer for task in tasks},
+        batch_size=run.config.eval_batch_size,
+        max_new_tokens=run.config.max_new_tokens,
+        progress=progress.advance,
+    )
+    return [item if item.expert is None else replace(item, expert=run.method.task_of(item.expert)) for item in found]
 
 
-def note_evaluation(run: Run, after: int | None, answered: list[list[Prediction]], seconds: float) -> None:
-    """predictions/<row>.jsonl, a row of the matrix, and the matrix so far."""
-    tasks = run.stream.tasks
-    by_task = {predictions[0].task: predictions for predictions in answered if predictions}
-    scores = []
-    for task in tasks:
-        found = by_task.get(task.name)
-        scores.append(None if found is None else round(statistics.fmean(item.score for item in found), 6))
-    name = None if after is None else tasks[after].name
-    lines = [
-        json.dumps({"after": -1 if after is None else after, **asdict(item)}) for found in answered for item in found
-    ]
-    row = len(run.results["rows"])
-    label = "zero-shot" if name is None else name
-    atomic_write(run.folder / "predictions" / f"{row}-{label}.jsonl", "\n".join(lines) + "\n")
-    run.results["rows"].append({"after": name, "scores": scores, "router": _confusion(run, answered, after)})
+def note_evaluation(run: Run, after: int | None, found: list[Prediction], seconds: float) -> None:
+    """predictions/<row>-<task>.jsonl, a row of the matrix, and the matrix so far."""
+    names = [task.name for task in run.stream.tasks]
+    scores = mean_scores(found, names)
+    name = None if after is None else names[after]
+    # files of rows sort in their order, zero-shot first
+    label = "00-zero-shot" if after is None else f"{after + 1:02d}-{name}"
+    write_predictions(run.folder / "predictions" / f"{label}.jsonl", found, after)
+    run.results["rows"].append([after, scores])
     run.results["evaluation_seconds"].append(round(seconds, 2))
     run.event("evaluation", after=name, scores=scores, seconds=round(seconds, 2))
-    atomic_write_json(run.folder / "matrix.json", _matrix(run).to_json())
-
-
-def _confusion(run: Run, answered: list[list[Prediction]], after: int | None) -> list[list[int]] | None:
-    """Rows: true task; columns: task whose expert was chosen, the base model last. None without a router."""
-    if after is None or run.mllm.router is None:
-        return None
-    names = [task.name for task in run.stream.tasks]
-    table = [[0] * (len(names) + 1) for _ in names]
-    for predictions in answered:
-        for item in predictions:
-            chosen = run.method.task_of(torch.tensor(item.expert))
-            table[names.index(item.task)][int(chosen)] += 1
-    return table
+    _matrix(run).save(run.folder / "matrix.json")
 
 
 def _matrix(run: Run) -> AccuracyMatrix:
-    rows = [{"after": row["after"], "scores": row["scores"]} for row in run.results["rows"]]
     tasks = run.stream.tasks
-    return AccuracyMatrix.from_json(
-        {
-            "stream": run.stream.name,
-            "method": run.method.name,
-            "tasks": [task.name for task in tasks],
-            "rows": rows,
-            "num_test": [len(task.test) for task in tasks],
-            "seed": run.config.seed,
-        }
+    matrix = AccuracyMatrix(
+        tasks=tuple(task.name for task in tasks),
+        num_test=tuple(len(task.test) for task in tasks),
+        stream=run.stream.name,
+        method=run.method.name,
+        seed=run.config.seed,
     )
-
-
-def _router_metrics(run: Run) -> dict | None:
-    """Accuracy of the last row's routing over the tasks learned, and its table."""
-    table = run.results["rows"][-1]["router"] if run.results["rows"] else None
-    if table is None:
-        return None
-    total = sum(map(sum, table))
-    right = sum(row[place] for place, row in enumerate(table))
-    return {"accuracy": round(right / total, 6), "confusion": table}
+    for after, scores in run.results["rows"]:
+        matrix = matrix.with_row(after, scores)
+    return matrix
 
 
 def write_adapters(run: Run, task: Task) -> None:
@@ -282,10 +256,7 @@ def finish(run: Run) -> Report:
     steady = results["step_seconds"][3:] or results["step_seconds"]
     shares = results["mixing_share"]
     metrics = {
-        **compute_metrics(_matrix(run)),
-        "method": run.method.name,
-        "stream": run.stream.name,
-        "router": _router_metrics(run),
+        **compute_metrics(_matrix(run), read_predictions(run.folder), seed=config.seed),
         "seconds_per_step": round(statistics.median(steady), 4) if steady else None,
         "share_expert_mixing": round(statistics.median(shares), 4) if shares else None,
         "train_seconds": round(sum(results["step_seconds"]), 1),
