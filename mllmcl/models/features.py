@@ -78,8 +78,7 @@ class FeatureCache:
         missing = [at for at, key in enumerate(keys) if key not in self.memory]
         if missing:
             fresh = dict(zip((keys[at] for at in missing), compute(missing), strict=True))
-            # cloned, since rows of one encoder batch share their memory, which safetensors refuses
-            fresh = {key: value.detach().cpu().clone() for key, value in fresh.items()}
+            fresh = {key: value.detach().cpu() for key, value in fresh.items()}
             self.memory.update(fresh)
             if self.folder is not None:
                 self._write(fresh)

@@ -161,3 +161,19 @@ def test_positions_count_from_the_first_real_token(mllm, samples):
         alone = mllm.collate([samples[row]], with_answers=False).position_ids[..., 0, :]
         assert torch.equal(positions, alone)
         assert int(positions.min()) == 0 and not bool(positions[..., 0].any())
+
+
+def test_qwen_images_have_three_axes(build):
+    """An image's rows and columns count on their own axes, and the text after it goes on from the largest."""
+    mllm, (sample, *_) = build("qwen2_5_vl"), make_samples("qwen2_5_vl")
+    batch = mllm.collate([sample], with_answers=False)
+    _, height, width = (batch.inputs["image_grid_thw"][0] // torch.tensor([1, 2, 2])).tolist()
+    assert height != width
+    at_image = batch.input_ids[0] == mllm.model.config.image_token_id
+    assert int(at_image.sum()) == height * width
+    start = int(at_image.nonzero()[0])
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    want = torch.stack((torch.zeros_like(rows), rows, columns)).flatten(1) + start
+    assert torch.equal(batch.position_ids[:, 0, at_image], want)
+    after = batch.position_ids[:, 0, start + height * width :]
+    assert torch.equal(after, (start + max(height, width) + torch.arange(after.shape[1])).expand(3, -1))
