@@ -38,6 +38,7 @@ __all__ = [
     "replace_folder",
     "sha256_file",
     "temporary_path",
+    "write_durably",
 ]
 
 _LEFTOVER = re.compile(r"\.(?:tmp|trash)-.+-(\d+)")
@@ -62,6 +63,18 @@ def fsync_file(path: str | os.PathLike) -> None:
         os.close(descriptor)
 
 
+def write_durably(path: str | os.PathLike, data: bytes | str) -> None:
+    """Write a new file and sync it; OSError names the file, also where the disk is full."""
+    try:
+        with open(path, "xb") as file:
+            file.write(data.encode("utf-8") if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        # a failed write, unlike a failed open, does not know its file
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 def temporary_path(path: str | os.PathLike) -> Path:
     """A name beside `path`, on the same file system, that no other call and no other process uses."""
     path = Path(path)
@@ -80,10 +93,7 @@ def atomic_write(path: str | os.PathLike, data: bytes | str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_path(path)
     try:
-        with open(temporary, "xb") as file:
-            file.write(data.encode("utf-8") if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
+        write_durably(temporary, data)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -144,6 +145,8 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
     own = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     # PEFT marks its files so, and transformers insists on the mark
     save_file(own, path, metadata={"format": "pt"})
+    # safetensors lets only the owner read its files; they follow the umask like the others
+    shutil.copymode(path.with_name("adapter_config.json"), path)
 
 
 def _readme(config: dict, scaling: float, num_layers: int, description: str, projector, router) -> str:

@@ -165,14 +165,16 @@ def _check_json(value: object, where: str) -> None:
 
 def _write_files(folder: Path, step, tensors, state, pin, config_sha256) -> None:
     """All files of a checkpoint into `folder`, each synced, the manifest last."""
+    write_durably(folder / "state.json", json.dumps(state, allow_nan=False))
     for group, named in tensors.items():
         path = folder / f"{group}.safetensors"
         try:
             safetensors.torch.save_file(_separate(named), path)
         except SafetensorError as error:
             raise OSError(f"{path}: could not be written ({error})") from error
+        # safetensors lets only the owner read its files; they follow the umask like the others
+        shutil.copymode(folder / "state.json", path)
         fsync_file(path)
-    write_durably(folder / "state.json", json.dumps(state, allow_nan=False))
     files = {}
     for path in sorted(folder.iterdir()):
         files[path.name] = {"sha256": sha256_file(path), "size": path.stat().st_size}

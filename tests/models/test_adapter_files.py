@@ -112,6 +112,7 @@ def test_read_back_is_what_was_written(base, tmp_path):
     assert adapter.config["lora_alpha"] == 4.4
     assert torch.equal(adapter.projector["model.p.weight"], extra["projector"]["model.p.weight"])
     assert torch.equal(adapter.router["m.router_weight"], extra["router"]["m.router_weight"])
+    assert len({path.stat().st_mode for path in (tmp_path / "a").iterdir()}) == 1
     readme = (tmp_path / "a" / "README.md").read_text()
     assert "Told here." in readme and "PEFT cannot express gates" in readme and "projector.safetensors" in readme
 
