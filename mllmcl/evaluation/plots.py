@@ -32,7 +32,7 @@ def plot_matrix(matrix: AccuracyMatrix) -> Figure:
     from matplotlib.figure import Figure
 
     count = len(matrix.tasks)
-    figure = Figure(figsize=(6.5 + 1.1 * count, 2.2 + 0.55 * count), layout="constrained")
+    figure = Figure(figsize=(7.5 + 1.1 * count, 2.2 + 0.55 * count), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1.0, 1.15))
     _heat_map(left, matrix)
     _curves(right, matrix)
@@ -59,9 +59,9 @@ def _heat_map(axes: Axes, matrix: AccuracyMatrix) -> None:
             number, is_seen = values[row, column], column <= row - first
             color = "#e9e9e7"
             if is_seen and not np.isnan(number):
-                color = _cividis(number / 100.0)
+                color = _shade(number / 100.0)
             axes.add_patch(_square(column, row, color))
-            ink = "#777777" if not is_seen else "white" if number < 55 else "black"
+            ink = "#777777" if not is_seen else "black" if np.isnan(number) or number < 60 else "white"
             text = "-" if np.isnan(number) else f"{number:.1f}"
             axes.text(column, row, text, ha="center", va="center", color=ink, fontsize=9)
     axes.set(xlim=(-0.5, len(matrix.tasks) - 0.5), ylim=(len(labels) - 0.5, -0.5), title="Accuracy, %")
@@ -71,10 +71,11 @@ def _heat_map(axes: Axes, matrix: AccuracyMatrix) -> None:
     axes.spines[:].set_visible(False)
 
 
-def _cividis(share: float) -> tuple:
+def _shade(share: float) -> tuple:
+    """A single hue from light to dark, which every reader can order; the page uses the same."""
     from matplotlib import colormaps
 
-    return colormaps["cividis"](share)
+    return colormaps["Blues"](0.08 + 0.84 * min(max(share, 0.0), 1.0))
 
 
 def _square(column: int, row: int, color: object):
@@ -96,4 +97,4 @@ def _curves(axes: Axes, matrix: AccuracyMatrix) -> None:
     axes.set_xticks(steps)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))

@@ -77,8 +77,8 @@ class Report:
         if not self.matrix.is_complete:
             lines.append(f"{part.num_learned} of {len(self.matrix.tasks)} tasks learned; numbers are over these")
         facts = self._facts()
-        width = max(len(label) for label, _ in facts)
-        return "\n".join([*lines, "", *(f"{label:<{width}}  {text}" for label, text in facts)])
+        label_width, width = (max(len(row[column]) for row in facts) for column in (0, 1))
+        return "\n".join([*lines, "", *(f"{label:<{label_width}}  {text:>{width}}" for label, text in facts)])
 
     @staticmethod
     def compare(reports: Sequence[Report]) -> str:
