@@ -1,4 +1,4 @@
-"""What the Triton files share: launching, tiles and their tuning, a dot that the interpreter gets right, dropout's hash.
+"""What the Triton files share: products in rank space, dropout's hash, tiles and their tuning, launching.
 
 Imports triton, so only files named `triton.py` import this one.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,29 +20,47 @@ from torch import Tensor
 
 from .dropout import COLUMN_STEP, ROW_STEP
 from .library import debug_checks
+from .masks import NONE, OWNER
 
 __all__ = [
+    "CHUNK",
+    "EXPERT_IDS",
+    "NO_GATES",
+    "SOFT_GATES",
     "Tile",
     "Tiles",
     "bucket",
     "ceil_div",
+    "chunk_mask",
+    "chunk_of",
+    "chunk_table",
+    "compute_capability",
     "dot",
     "dot_precision",
     "dtype_reason",
+    "dual_product",
+    "gate_tile",
     "keep_tile",
     "launch",
     "num_processors",
     "pick_tile",
     "power_of_two",
     "raise_for_ids",
+    "rank_product",
     "rank_tables",
+    "rows_and_ranks",
+    "start",
     "tuning",
 ]
 
 #: True where TRITON_INTERPRET=1 was set before triton was imported
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+#: how the kernels read gates
+NO_GATES, SOFT_GATES, EXPERT_IDS = 0, 1, 2
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+_SOFT = tl.constexpr(SOFT_GATES)
+_IDS = tl.constexpr(EXPERT_IDS)
 _UPCAST = tl.constexpr(INTERPRETED)
 _ROW_STEP = tl.constexpr(ROW_STEP)
 _COLUMN_STEP = tl.constexpr(COLUMN_STEP)
@@ -76,6 +95,65 @@ def keep_tile(seed_ptr, rows, columns, THRESHOLD: tl.constexpr):
     key = _mix(rows.to(tl.uint32) * _ROW_STEP + low)
     step = columns.to(tl.uint32) * _COLUMN_STEP + high
     return _mix(key[:, None] ^ step[None, :]) >= tl.full((1, 1), THRESHOLD, tl.uint32)
+
+
+@triton.jit
+def gate_tile(
+    gates_ptr, owner_ptr, scale_ptr, rows, cols, row_mask, col_mask, run, num_experts, KIND: tl.constexpr
+):  # fmt: skip
+    """G [rows, cols] in float32: gate times scaling, or scaling where the rank belongs to the row's expert."""
+    scale = tl.load(scale_ptr + cols, mask=col_mask, other=0.0)
+    owner = tl.load(owner_ptr + cols, mask=col_mask, other=-2)
+    if KIND == _SOFT:
+        inside = row_mask[:, None] & col_mask[None, :]
+        places = (rows // run)[:, None] * num_experts + owner[None, :]
+        factor = tl.load(gates_ptr + places, mask=inside, other=0.0) * scale[None, :]
+    elif KIND == _IDS:
+        # an id outside 0..E-1 owns no rank
+        ids = tl.load(gates_ptr + rows // run, mask=row_mask, other=-1).to(tl.int64)
+        factor = tl.where(ids[:, None] == owner[None, :].to(tl.int64), scale[None, :], 0.0)
+    else:
+        factor = tl.where(row_mask[:, None], scale[None, :], 0.0)
+    return factor
+
+
+@triton.jit
+def rank_product(
+    x_ptr, a_ptr, seed_ptr, rows, cols, T, K, R, split, stride_xt, stride_xk, stride_ar, stride_ak,
+    DROPS: tl.constexpr, THRESHOLD: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Rows of x (dropped entries zero, not yet divided by 1 - p) times rows of a, over this split of K."""
+    acc = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
+    blocks = tl.cdiv(K, BLOCK_K)
+    share = tl.cdiv(blocks, SPLIT)
+    for block in range(split * share, tl.minimum((split + 1) * share, blocks)):
+        ks = block * BLOCK_K + tl.arange(0, BLOCK_K)
+        inside = ks < K
+        x = tl.load(
+            x_ptr + rows[:, None] * stride_xt + ks[None, :].to(tl.int64) * stride_xk,
+            mask=(rows < T)[:, None] & inside[None, :],
+            other=0.0,
+        )
+        a = tl.load(
+            a_ptr + cols[None, :] * stride_ar + ks[:, None].to(tl.int64) * stride_ak,
+            mask=inside[:, None] & (cols < R)[None, :],
+            other=0.0,
+        )
+        if DROPS:
+            x = tl.where(keep_tile(seed_ptr, rows, ks, THRESHOLD), x, tl.zeros_like(x))
+        acc = dot(x, a, acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def rows_and_ranks(T, R, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr):
+    """This program's rows and ranks in int64; programs beside each other share rows, so that x comes from L2."""
+    blocks = tl.cdiv(R, BLOCK_R)
+    pid = tl.program_id(0)
+    rows = (pid // blocks).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    cols = (pid % blocks).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    return rows, cols
 
 
 # -- tiles ------------------------------------------------------------------------------------------------------------
@@ -114,7 +192,7 @@ _tuned: dict[tuple, Tile] = {}
 
 @contextlib.contextmanager
 def tuning() -> Iterator[None]:
-    """While active, the first call of each (kernel, bucket of T, widths, dtype) times every candidate and keeps the best.
+    """While active, the first call of each (kernel, bucket of T, widths, dtype) times every candidate and keeps one.
 
     Without it the defaults run. Nothing is timed while a CUDA graph is captured or under
     `torch.use_deterministic_algorithms(True)`, since another tile rounds differently.
@@ -168,6 +246,11 @@ def power_of_two(number: int, least: int = 16) -> int:
     return max(least, 1 << max(number - 1, 0).bit_length())
 
 
+def start(kernel, grid: tuple[int, ...], args: tuple, constants: dict, warps: int, stages: int) -> None:
+    """Every launch passes here, so that tests can look at what would be compiled."""
+    kernel[grid](*args, **constants, num_warps=warps, num_stages=stages)
+
+
 def launch(kernel, grid: tuple[int, ...], *args, warps: int, stages: int = 1, **constants) -> None:
     """Run `kernel` on the device of its first tensor; an empty grid runs nothing."""
     if 0 in grid:
@@ -175,7 +258,7 @@ def launch(kernel, grid: tuple[int, ...], *args, warps: int, stages: int = 1, **
     first = next(arg for arg in args if isinstance(arg, Tensor))
     place = torch.cuda.device(first.device) if first.device.type == "cuda" else contextlib.nullcontext()
     with place:
-        kernel[grid](*args, **constants, num_warps=warps, num_stages=stages)
+        start(kernel, grid, args, constants, warps, stages)
 
 
 def dot_precision() -> str:
@@ -186,6 +269,12 @@ def dot_precision() -> str:
 @functools.lru_cache(maxsize=16)
 def _processors_of(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.lru_cache(maxsize=16)
+def compute_capability(device: torch.device) -> int:
+    """Major compute capability of the device; Hopper's where there is none to ask."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
 
 
 def num_processors(device: torch.device) -> int:
@@ -207,7 +296,7 @@ def dtype_reason(*tensors: Tensor | None) -> str | None:
 
 
 def raise_for_ids(op: str, gates: Tensor | None, experts: int) -> None:
-    """With MLLMCL_DEBUG=1 wait for the device and raise for an id outside -1..E-1; otherwise such an id selects none."""
+    """With MLLMCL_DEBUG=1 wait for the device and raise for an id outside -1..E-1; else it selects no expert."""
     if gates is None or gates.is_floating_point() or not debug_checks() or gates.numel() == 0:
         return
     wrong = (gates < -1) | (gates >= experts)
@@ -230,3 +319,196 @@ def rank_tables(
             torch.tensor([scaling[expert] for expert in owner], dtype=torch.float32, device=device),
             torch.tensor(starts, dtype=torch.int32, device=device),
         )
+
+
+# -- a product of two pairs of factors -------------------------------------------------------------------------------
+
+
+@triton.jit
+def _dual_product_kernel(
+    y_ptr, x_ptr, weight_ptr, mixed_ptr, b_ptr, bias_ptr, T, N, K, R, stride_xt, stride_wn, stride_mt, stride_bn,
+    HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """y = [x | s * G] [W | B]^T + b: one loop whose source changes after K, so that the pipeline never drains."""
+    pid = tl.program_id(0)
+    blocks_t, blocks_n = tl.cdiv(T, BLOCK_T), tl.cdiv(N, BLOCK_N)
+    # GROUP blocks of rows take turns over the columns, so that W stays in L2
+    group = pid // (GROUP * blocks_n)
+    height = tl.minimum(blocks_t - group * GROUP, GROUP)
+    inner = pid % (GROUP * blocks_n)
+    rows = (group * GROUP + inner % height).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    cols = (inner // height).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_mask, col_mask = rows < T, cols < N
+    blocks_k = tl.cdiv(K, BLOCK_K)
+    acc = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+    for block in range(0, blocks_k + tl.cdiv(R, BLOCK_K)):
+        base = block < blocks_k
+        start = tl.where(base, block, block - blocks_k) * BLOCK_K
+        ks = start + tl.arange(0, BLOCK_K)
+        inside = ks < tl.where(base, K, R)
+        left_ptr = tl.where(base, x_ptr, mixed_ptr)
+        right_ptr = tl.where(base, weight_ptr, b_ptr)
+        left = tl.load(
+            left_ptr + rows[:, None] * tl.where(base, stride_xt, stride_mt) + ks[None, :],
+            mask=row_mask[:, None] & inside[None, :],
+            other=0.0,
+        )
+        right = tl.load(
+            right_ptr + cols[None, :] * tl.where(base, stride_wn, stride_bn) + ks[:, None],
+            mask=inside[:, None] & col_mask[None, :],
+            other=0.0,
+        )
+        acc = dot(left, right, acc, PRECISION)
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
+    y = acc.to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + rows[:, None] * N + cols[None, :], y, mask=row_mask[:, None] & col_mask[None, :])
+
+
+@dataclass(frozen=True)
+class DualTiles:
+    """Tiles of the dual-source product: m rows, n columns, k of the contraction."""
+
+    hopper: Tiles
+    #: before Hopper accumulators live with the operands in registers
+    ampere: Tiles
+
+
+DUAL_TILES = DualTiles(
+    hopper=Tiles(
+        small=(Tile(16, 128, 128, 4, 3), Tile(64, 64, 64, 4, 4)),
+        medium=(Tile(64, 128, 64, 4, 3), Tile(64, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3)),
+        large=(Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 4), Tile(128, 256, 64, 8, 4)),
+        float32=(Tile(64, 64, 32, 8, 2),),
+    ),
+    ampere=Tiles(
+        small=(Tile(16, 128, 128, 4, 3), Tile(64, 64, 64, 4, 4)),
+        medium=(Tile(64, 128, 64, 4, 3), Tile(128, 128, 64, 8, 3)),
+        large=(Tile(128, 128, 64, 8, 3), Tile(128, 256, 32, 8, 4)),
+        float32=(Tile(64, 64, 32, 8, 2),),
+    ),
+)
+
+
+def dual_product(x: Tensor, weight: Tensor, bias: Tensor | None, mixed: Tensor, lora_b: Tensor) -> Tensor:
+    """x W^T + b + mixed B^T in one kernel that writes its result once: [T, N].
+
+    x [T, K], weight [N, K], bias [N] or None, mixed [T, R], lora_b [N, R], all of one dtype.
+    """
+    x, weight, mixed, lora_b = (tensor.contiguous() for tensor in (x, weight, mixed, lora_b))
+    (tokens, width), (out, rank) = x.shape, lora_b.shape
+    y = x.new_empty(tokens, out)
+
+    def run(tile: Tile) -> None:
+        launch(
+            _dual_product_kernel, (ceil_div(tokens, tile.m) * ceil_div(out, tile.n),),
+            y, x, weight, mixed, lora_b, weight if bias is None else bias.contiguous(), tokens, out, width, rank,
+            x.stride(0), weight.stride(0), mixed.stride(0), lora_b.stride(0),
+            HAS_BIAS=bias is not None, PRECISION=dot_precision(), GROUP=8,
+            BLOCK_T=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, warps=tile.warps, stages=tile.stages,
+        )  # fmt: skip
+
+    table = DUAL_TILES.hopper if compute_capability(x.device) >= 9 else DUAL_TILES.ampere
+    key = ("dual_product", bucket(tokens), width, out, rank, x.dtype)
+    run(pick_tile(key, table.candidates(tokens, x.dtype), x.device, run))
+    return y
+
+
+# -- many tensors in one launch ---------------------------------------------------------------------------------------
+
+#: entries a program takes
+CHUNK = 16384
+#: columns of a table's row behind the addresses
+_MASK_COLUMNS = 6
+_NONE = tl.constexpr(NONE)
+_OWNER = tl.constexpr(OWNER)
+# host memory that a captured CUDA graph copies from at every replay
+_kept_for_replays: list[Tensor] = []
+
+
+@dataclass(frozen=True)
+class ChunkTable:
+    """What a launch over many tensors reads from the device: a row for each tensor, a row for each chunk of entries.
+
+    rows [tensors, width] int64: the address in each list, then the mask's address, its kind, id, inner length, number
+    of slices, and the number of entries. chunks [chunks, 2] int64: tensor and first entry.
+    """
+
+    rows: Tensor
+    chunks: Tensor
+    #: whether some tensor has too many entries for int32
+    wide: bool
+
+    @property
+    def constants(self) -> dict[str, int | bool]:
+        """Compile-time arguments of every kernel that walks the table."""
+        return {"WIDTH": self.rows.shape[1], "WIDE": self.wide, "CHUNK": CHUNK}
+
+
+def _host_tables(rows: tuple[tuple[int, ...], ...]) -> tuple[Tensor, Tensor]:
+    counts = torch.tensor([row[-1] for row in rows])
+    chunks_of = (counts + CHUNK - 1) // CHUNK
+    tensor = torch.repeat_interleave(torch.arange(len(rows)), chunks_of)
+    first = torch.arange(len(tensor)) - torch.repeat_interleave(torch.cumsum(chunks_of, 0) - chunks_of, chunks_of)
+    return torch.tensor(rows, dtype=torch.int64), torch.stack((tensor, first * CHUNK), 1)
+
+
+# addresses repeat from step to step, so that the copy to the device happens once
+@functools.lru_cache(maxsize=64)
+def _cached_table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> ChunkTable:
+    with torch.inference_mode(False):
+        tables = [table.to(device) for table in _host_tables(rows)]
+    return ChunkTable(*tables, max(row[-1] for row in rows) >= 2**31)
+
+
+def _captured_table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> ChunkTable:
+    host = [table.pin_memory() for table in _host_tables(rows)]
+    _kept_for_replays.extend(host)
+    tables = [table.to(device, non_blocking=True) for table in host]
+    return ChunkTable(*tables, max(row[-1] for row in rows) >= 2**31)
+
+
+def chunk_table(
+    lists: Sequence[Sequence[Tensor]], masks: Sequence[Tensor], kinds: Sequence[int], actives: Sequence[int]
+) -> ChunkTable:
+    """The table of contiguous tensors, `lists[l][i]` all of tensor i's shape, masks as `flatten_masks` gives them."""
+    rows = []
+    for index, (mask, kind, active) in enumerate(zip(masks, kinds, actives, strict=True)):
+        shape = lists[0][index].shape
+        inner, slices = (math.prod(shape[kind + 1 :]), shape[kind]) if kind >= 0 else (1, 1)
+        addresses = [tensors[index].data_ptr() for tensors in lists]
+        row = (*addresses, mask.data_ptr(), kind, active, inner, slices, lists[0][index].numel())
+        assert len(row) == len(lists) + _MASK_COLUMNS
+        rows.append(row)
+    device = lists[0][0].device
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return (_captured_table if capturing else _cached_table)(tuple(rows), device)
+
+
+@triton.jit
+def chunk_of(rows_ptr, chunks_ptr, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
+    """This program's row of the table, its first entry and the entry behind its last."""
+    pid = tl.program_id(0).to(tl.int64)
+    row_ptr = rows_ptr + tl.load(chunks_ptr + pid * 2) * WIDTH
+    first = tl.load(chunks_ptr + pid * 2 + 1)
+    return row_ptr, first, tl.minimum(first + CHUNK, tl.load(row_ptr + WIDTH - 1))
+
+
+@triton.jit
+def chunk_mask(row_ptr, entries, inside, WIDTH: tl.constexpr, WIDE: tl.constexpr):
+    """bool: which entries of the row's tensor its mask lets change."""
+    mask_ptr = tl.load(row_ptr + WIDTH - 6).to(tl.pointer_type(tl.uint8))
+    kind = tl.load(row_ptr + WIDTH - 5)
+    wanted = tl.where(kind == _OWNER, tl.load(row_ptr + WIDTH - 4), 1)
+    inner = tl.load(row_ptr + WIDTH - 3)
+    slices = tl.load(row_ptr + WIDTH - 2)
+    places = entries
+    if kind >= 0:
+        if WIDE:
+            places = (entries // inner) % slices
+        else:
+            # a division of 64 bits costs more than the memory it waits for
+            places = ((entries.to(tl.uint32) // inner.to(tl.uint32)) % slices.to(tl.uint32)).to(tl.int64)
+    found = tl.load(mask_ptr + places, mask=inside & (kind != _NONE), other=0).to(tl.int64)
+    return inside & ((kind == _NONE) | (found == wanted))

@@ -1,8 +1,8 @@
 """`lora_mix` in Triton: skinny products in rank space with the gates in their epilogue, wide products in cuBLAS.
 
 Forward: one pass over x gives s and s * G; y is cuBLAS's x W^T + b and one more product added onto it, or one kernel
-whose contraction runs over (x, W) and then over (s * G, B). Backward: one pass over dy gives ds = (dy B) * G, s * G again
-and the gates' gradient. No atomics; every split of a contraction is added up in fixed order.
+whose contraction runs over (x, W) and then over (s * G, B). Backward: one pass over dy gives ds = (dy B) * G, s * G
+again and the gates' gradient. No atomics; every split of a contraction is added up in fixed order.
 """
 
 # T tokens, K in, N out, E experts, R sum of ranks; `run` consecutive tokens share a row of gates
@@ -20,6 +20,9 @@ from torch import Tensor
 
 from ...dropout import threshold
 from ...triton_tools import (
+    EXPERT_IDS,
+    NO_GATES,
+    SOFT_GATES,
     Tile,
     Tiles,
     bucket,
@@ -27,19 +30,22 @@ from ...triton_tools import (
     dot,
     dot_precision,
     dtype_reason,
+    dual_product,
+    gate_tile,
     keep_tile,
     launch,
     num_processors,
     pick_tile,
     power_of_two,
     raise_for_ids,
+    rank_product,
     rank_tables,
+    rows_and_ranks,
 )
 from . import lora_mix_backward_op, lora_mix_op
 
-__all__ = ["choose_expand", "expand_dual_source", "input_gradient", "rank_gradients", "trainable_runs"]
+__all__ = ["adapter_gradients", "choose_expand", "expand", "input_gradient", "rank_gradients", "trainable_runs"]
 
-NO_GATES, SOFT_GATES, EXPERT_IDS = 0, 1, 2
 _SOFT = tl.constexpr(SOFT_GATES)
 _IDS = tl.constexpr(EXPERT_IDS)
 
@@ -48,97 +54,38 @@ _IDS = tl.constexpr(EXPERT_IDS)
 class LoraMixTiles:
     """Tiles by kernel, and what the choice of the expand path assumes of the machine."""
 
-    # m tokens, n ranks, k columns of x or dy
-    rank: Tiles = Tiles(
+    #: m tokens, n ranks, k columns of x or dy
+    rank: Tiles
+    #: m tokens, n columns of dx, k ranks
+    dropped_dx: Tile
+    #: m ranks, n columns of x, k tokens
+    dropped_da: Tile
+    dropped_da_float32: Tile
+    #: m tokens, n ranks
+    gate: Tile
+    #: columns that a split of the contraction covers at least
+    least_split: int = 512
+    #: floating point operations an H100 does in bfloat16 while it moves a byte
+    balance: float = 266.0
+    #: throughput of the dual-source kernel over cuBLAS's, a cautious guess
+    dual_efficiency: float = 0.7
+
+
+TILES = LoraMixTiles(
+    rank=Tiles(
         small=(Tile(16, 128, 128, 4, 3), Tile(16, 128, 64, 4, 4)),
         medium=(Tile(32, 256, 64, 8, 3), Tile(32, 128, 128, 4, 3), Tile(64, 128, 64, 4, 3)),
         large=(Tile(64, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(64, 128, 128, 4, 3)),
         float32=(Tile(32, 32, 32, 4, 2),),
-    )
-    # m tokens, n outputs, k columns of x and then ranks
-    dual: Tiles = Tiles(
-        small=(Tile(16, 128, 128, 4, 3), Tile(64, 64, 64, 4, 4)),
-        medium=(Tile(64, 128, 64, 4, 3), Tile(64, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3)),
-        large=(Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 4, 3)),
-        float32=(Tile(32, 64, 32, 4, 2),),
-    )
-    # m tokens, n columns of dx, k ranks
-    dropped_dx: Tile = Tile(64, 128, 32, 8, 2)
-    # m ranks, n columns of x, k tokens
-    dropped_da: Tile = Tile(64, 128, 32, 8, 2)
-    # m tokens, n ranks
-    gate: Tile = Tile(32, 64, 1, 4, 1)
-    # columns a split of the contraction covers at least
-    least_split: int = 512
-    # floating point operations an H100 does in bfloat16 while it moves a byte
-    balance: float = 266.0
-    # throughput of the dual-source kernel over cuBLAS's; to be measured
-    dual_efficiency: float = 0.7
-
-
-TILES = LoraMixTiles()
+    ),
+    dropped_dx=Tile(64, 128, 32, 8, 2),
+    dropped_da=Tile(64, 128, 32, 8, 2),
+    dropped_da_float32=Tile(64, 64, 16, 8, 2),
+    gate=Tile(32, 64, 1, 4, 1),
+)
 
 
 # -- kernels ----------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _gate_tile(
-    gates_ptr, owner_ptr, scale_ptr, rows, cols, row_mask, col_mask, run, num_experts, KIND: tl.constexpr
-):  # fmt: skip
-    """G [rows, cols] in float32: gate times scaling, or scaling where the rank belongs to the row's expert."""
-    scale = tl.load(scale_ptr + cols, mask=col_mask, other=0.0)
-    owner = tl.load(owner_ptr + cols, mask=col_mask, other=-2)
-    if KIND == _SOFT:
-        inside = row_mask[:, None] & col_mask[None, :]
-        places = (rows // run)[:, None] * num_experts + owner[None, :]
-        factor = tl.load(gates_ptr + places, mask=inside, other=0.0) * scale[None, :]
-    elif KIND == _IDS:
-        # an id outside 0..E-1 owns no rank
-        ids = tl.load(gates_ptr + rows // run, mask=row_mask, other=-1).to(tl.int64)
-        factor = tl.where(ids[:, None] == owner[None, :].to(tl.int64), scale[None, :], 0.0)
-    else:
-        factor = tl.where(row_mask[:, None], scale[None, :], 0.0)
-    return factor
-
-
-@triton.jit
-def _rank_product(
-    x_ptr, a_ptr, seed_ptr, rows, cols, T, K, R, split, stride_xt, stride_xk, stride_ar, stride_ak,
-    DROPS: tl.constexpr, THRESHOLD: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Rows of x (dropped entries zero, not yet divided by 1 - p) times rows of a, over this split of K."""
-    acc = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
-    blocks = tl.cdiv(K, BLOCK_K)
-    share = tl.cdiv(blocks, SPLIT)
-    for block in range(split * share, tl.minimum((split + 1) * share, blocks)):
-        ks = block * BLOCK_K + tl.arange(0, BLOCK_K)
-        inside = ks < K
-        x = tl.load(
-            x_ptr + rows[:, None] * stride_xt + ks[None, :].to(tl.int64) * stride_xk,
-            mask=(rows < T)[:, None] & inside[None, :],
-            other=0.0,
-        )
-        a = tl.load(
-            a_ptr + cols[None, :] * stride_ar + ks[:, None].to(tl.int64) * stride_ak,
-            mask=inside[:, None] & (cols < R)[None, :],
-            other=0.0,
-        )
-        if DROPS:
-            x = tl.where(keep_tile(seed_ptr, rows, ks, THRESHOLD), x, tl.zeros_like(x))
-        acc = dot(x, a, acc, PRECISION)
-    return acc
-
-
-@triton.jit
-def _rows_and_ranks(T, R, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr):
-    """This program's rows and ranks in int64; programs beside each other share rows, so that x comes from L2."""
-    blocks = tl.cdiv(R, BLOCK_R)
-    pid = tl.program_id(0)
-    rows = (pid // blocks).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    cols = (pid % blocks).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    return rows, cols
 
 
 @triton.jit
@@ -150,9 +97,9 @@ def _lora_mix_shrink_kernel(
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """s = drop(x) A^T and s * G, or with SPLIT > 1 the float32 plane of one split."""
-    rows, cols = _rows_and_ranks(T, R, BLOCK_T, BLOCK_R)
+    rows, cols = rows_and_ranks(T, R, BLOCK_T, BLOCK_R)
     split = tl.program_id(1)
-    acc = _rank_product(
+    acc = rank_product(
         x_ptr, a_ptr, seed_ptr, rows, cols, T, K, R, split, stride_xt, stride_xk, stride_ar, stride_ak,
         DROPS, THRESHOLD, SPLIT, PRECISION, BLOCK_T, BLOCK_R, BLOCK_K,
     )  # fmt: skip
@@ -163,7 +110,7 @@ def _lora_mix_shrink_kernel(
     if SPLIT > 1:
         tl.store(planes_ptr + split.to(tl.int64) * T * R + places, acc, mask=inside)
     else:
-        factor = _gate_tile(
+        factor = gate_tile(
             gates_ptr, owner_ptr, scale_ptr, rows, cols, row_mask, col_mask, run, num_experts, KIND
         )  # fmt: skip
         tl.store(s_ptr + places, acc.to(s_ptr.dtype.element_ty), mask=inside)
@@ -176,7 +123,7 @@ def _lora_mix_gate_kernel(
     KIND: tl.constexpr, SPLIT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """s from its planes in fixed order and s * G; with SPLIT = 0 only s * G from s."""
-    rows, cols = _rows_and_ranks(T, R, BLOCK_T, BLOCK_R)
+    rows, cols = rows_and_ranks(T, R, BLOCK_T, BLOCK_R)
     row_mask, col_mask = rows < T, cols < R
     inside = row_mask[:, None] & col_mask[None, :]
     places = rows[:, None] * R + cols[None, :]
@@ -187,7 +134,7 @@ def _lora_mix_gate_kernel(
         for split in range(SPLIT):
             s += tl.load(planes_ptr + tl.cast(split, tl.int64) * T * R + places, mask=inside, other=0.0)
         tl.store(s_ptr + places, s.to(s_ptr.dtype.element_ty), mask=inside)
-    factor = _gate_tile(
+    factor = gate_tile(
         gates_ptr, owner_ptr, scale_ptr, rows, cols, row_mask, col_mask, run, num_experts, KIND
     )  # fmt: skip
     tl.store(mixed_ptr + places, (s * factor).to(mixed_ptr.dtype.element_ty), mask=inside)
@@ -202,9 +149,9 @@ def _lora_mix_bwd_rank_kernel(
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """u = dy B, then ds = u * G, s * G and each token's gradient of the gates; without FUSED the plane of one split."""
-    rows, cols = _rows_and_ranks(T, R, BLOCK_T, BLOCK_R)
+    rows, cols = rows_and_ranks(T, R, BLOCK_T, BLOCK_R)
     split = tl.program_id(1)
-    u = _rank_product(
+    u = rank_product(
         dy_ptr, b_ptr, dy_ptr, rows, cols, T, N, R, split, stride_yt, stride_yn, stride_br, stride_bn,
         False, 0, SPLIT, PRECISION, BLOCK_T, BLOCK_R, BLOCK_K,
     )  # fmt: skip
@@ -214,7 +161,7 @@ def _lora_mix_bwd_rank_kernel(
     if not FUSED:
         tl.store(planes_ptr + split.to(tl.int64) * T * R + places, u, mask=inside)
     else:
-        factor = _gate_tile(
+        factor = gate_tile(
             gates_ptr, owner_ptr, scale_ptr, rows, cols, row_mask, col_mask, run, num_experts, KIND
         )  # fmt: skip
         targets = rows[:, None] * stride_ds + cols[None, :]
@@ -337,48 +284,6 @@ def _lora_mix_bwd_da_kernel(
     tl.store(planes_ptr + places, acc, mask=(ranks < R)[:, None] & (ks < K)[None, :])
 
 
-@triton.jit
-def _lora_mix_dual_kernel(
-    y_ptr, x_ptr, weight_ptr, mixed_ptr, b_ptr, bias_ptr, T, N, K, R, stride_xt, stride_wn, stride_mt, stride_bn,
-    HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """y = [x | s * G] [W | B]^T + b: one loop whose source changes after K, so that the pipeline never drains."""
-    pid = tl.program_id(0)
-    blocks_t, blocks_n = tl.cdiv(T, BLOCK_T), tl.cdiv(N, BLOCK_N)
-    # GROUP blocks of rows take turns over the columns, so that W stays in L2
-    group = pid // (GROUP * blocks_n)
-    height = tl.minimum(blocks_t - group * GROUP, GROUP)
-    inner = pid % (GROUP * blocks_n)
-    rows = (group * GROUP + inner % height).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    cols = (inner // height).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_mask, col_mask = rows < T, cols < N
-    blocks_k = tl.cdiv(K, BLOCK_K)
-    acc = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
-    for block in range(0, blocks_k + tl.cdiv(R, BLOCK_K)):
-        base = block < blocks_k
-        start = tl.where(base, block, block - blocks_k) * BLOCK_K
-        ks = start + tl.arange(0, BLOCK_K)
-        inside = ks < tl.where(base, K, R)
-        left_ptr = tl.where(base, x_ptr, mixed_ptr)
-        right_ptr = tl.where(base, weight_ptr, b_ptr)
-        left = tl.load(
-            left_ptr + rows[:, None] * tl.where(base, stride_xt, stride_mt) + ks[None, :],
-            mask=row_mask[:, None] & inside[None, :],
-            other=0.0,
-        )
-        right = tl.load(
-            right_ptr + cols[None, :] * tl.where(base, stride_wn, stride_bn) + ks[:, None],
-            mask=inside[:, None] & col_mask[None, :],
-            other=0.0,
-        )
-        acc = dot(left, right, acc, PRECISION)
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
-    y = acc.to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + rows[:, None] * N + cols[None, :], y, mask=row_mask[:, None] & col_mask[None, :])
-
-
 # -- forward ----------------------------------------------------------------------------------------------------------
 
 
@@ -465,30 +370,10 @@ def choose_expand(tokens: int, width: int, rank: int, dtype: torch.dtype) -> str
     return "dual" if dual < addmm else "addmm"
 
 
-def expand_dual_source(x: Tensor, weight: Tensor, bias: Tensor | None, mixed: Tensor, lora_b: Tensor) -> Tensor:
-    """x W^T + b + mixed B^T in one kernel that writes y once: [T, N]."""
-    x, weight, mixed, lora_b = (tensor.contiguous() for tensor in (x, weight, mixed, lora_b))
-    (tokens, width), (out, rank) = x.shape, lora_b.shape
-    y = x.new_empty(tokens, out)
-
-    def run(tile: Tile) -> None:
-        launch(
-            _lora_mix_dual_kernel, (ceil_div(tokens, tile.m) * ceil_div(out, tile.n),),
-            y, x, weight, mixed, lora_b, weight if bias is None else bias, tokens, out, width, rank,
-            x.stride(0), weight.stride(0), mixed.stride(0), lora_b.stride(0),
-            HAS_BIAS=bias is not None, PRECISION=dot_precision(), GROUP=8,
-            BLOCK_T=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, warps=tile.warps, stages=tile.stages,
-        )  # fmt: skip
-
-    key = ("lora_mix_dual", bucket(tokens), width, out, rank, x.dtype)
-    run(pick_tile(key, TILES.dual.candidates(tokens, x.dtype), x.device, run))
-    return y
-
-
 def expand(x: Tensor, weight: Tensor, bias: Tensor | None, mixed: Tensor, lora_b: Tensor) -> Tensor:
     """The base layer plus mixed B^T by the cheaper way: [T, N]."""
     if choose_expand(x.shape[0], x.shape[1], lora_b.shape[1], x.dtype) == "dual":
-        return expand_dual_source(x, weight, bias, mixed, lora_b)
+        return dual_product(x, weight, bias, mixed, lora_b)
     return F.linear(x, weight, bias).addmm_(mixed, lora_b.t())
 
 
@@ -525,7 +410,7 @@ def rank_gradients(
     dy: Tensor, lora_b: Tensor, s: Tensor, gates: Tensor | None, ranks: Sequence[int], scaling: Sequence[float],
     ds: Tensor, needs_mixed: bool, needs_gates: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Writes ds = (dy B) * G into `ds` [T, R] and gives s * G [T, R] and the gates' gradient by token [T, E] float32."""
+    """Write ds = (dy B) * G into `ds` [T, R]; give s * G [T, R] and the gates' gradient by token [T, E] float32."""
     by = _gating(gates, ranks, scaling, dy)
     (tokens, out), rank = dy.shape, lora_b.shape[1]
     s = s.contiguous()
@@ -577,7 +462,8 @@ def input_gradient(
 
 def _dropped_da(ds: Tensor, x: Tensor, seed: Tensor, dropout: float, first: int, last: int) -> Tensor:
     """ds[:, first:last]^T drop(x) in float32: planes over splits of T, added in fixed order."""
-    (tokens, width), rank, tile = x.shape, last - first, TILES.dropped_da
+    (tokens, width), rank = x.shape, last - first
+    tile = TILES.dropped_da_float32 if x.dtype == torch.float32 else TILES.dropped_da
     m = min(tile.m, power_of_two(rank))
     programs = ceil_div(rank, m) * ceil_div(width, tile.n)
     blocks = ceil_div(tokens, tile.k)

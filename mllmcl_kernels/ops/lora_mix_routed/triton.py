@@ -1,0 +1,232 @@
+"""`lora_mix_routed` in Triton: one pass over x yields s, the logits, the gates and s * G.
+
+A program owns all R + E columns of its rows, so the gates are known before the tile of s leaves its registers. Where
+that does not fit (R + E over 256, dropout, which the router does not see, and cosine scores, which need norms) the
+kernel of `route` runs first, that of `lora_mix` second. The backward is one pass over dy, one small kernel for the
+gradient of the logits, and one product each for dx and for the weights of adapters and router, [ds | dlogits] being
+one tensor.
+"""
+
+# T tokens, K in, N out, E experts, R sum of ranks, k chosen experts
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...triton_tools import (
+    Tile,
+    Tiles,
+    bucket,
+    ceil_div,
+    dot,
+    dot_precision,
+    dtype_reason,
+    launch,
+    pick_tile,
+    power_of_two,
+    rank_tables,
+)
+from ..lora_mix.triton import (
+    adapter_gradients,
+    expand,
+    input_gradient,
+    lora_mix_triton,
+    rank_gradients,
+    trainable_runs,
+)
+from ..route import fake_routing
+from ..route.reference import logits_backward
+from ..route.triton import MOST_EXPERTS, logits_gradient_triton, mask_rows, route_tile, route_triton
+from . import lora_mix_routed_backward_op, lora_mix_routed_op
+
+__all__: list[str] = []
+
+
+@dataclass(frozen=True)
+class RoutedTiles:
+    """Tiles of the merged kernel, and the most columns R + E that a program holds."""
+
+    #: m tokens, k columns of x; all ranks and all experts in every program
+    shrink: Tiles
+    widest: int = 256
+
+
+TILES = RoutedTiles(
+    shrink=Tiles(
+        small=(Tile(16, 0, 128, 4, 3), Tile(16, 0, 64, 4, 4)),
+        medium=(Tile(16, 0, 128, 4, 3), Tile(32, 0, 64, 8, 3)),
+        large=(Tile(32, 0, 64, 8, 3), Tile(64, 0, 64, 8, 3)),
+        float32=(Tile(16, 0, 32, 8, 2),),
+    )
+)
+
+
+@triton.jit
+def _lora_mix_routed_shrink_kernel(
+    x_ptr, a_ptr, router_ptr, bias_ptr, s_ptr, mixed_ptr, owner_ptr, scale_ptr, noise_ptr, allowed_ptr,
+    gates_ptr, indices_ptr, values_ptr, logits_ptr, probs_ptr,
+    T, K, R, E, top_k, temperature, stride_xt, stride_xk, stride_ar, stride_ak, stride_we, stride_wk, stride_allowed,
+    BIAS: tl.constexpr, NOISE: tl.constexpr, MASK: tl.constexpr, SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr,
+    STRAIGHT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, PAD_R: tl.constexpr, PAD_E: tl.constexpr, PAD_K: tl.constexpr,
+):  # fmt: skip
+    """[s | logits] = x [A ; W_r]^T, the routing of these rows, and s * G."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    ranks = tl.arange(0, PAD_R)
+    experts = tl.arange(0, PAD_E)
+    row_mask = rows < T
+    s = tl.zeros((BLOCK_T, PAD_R), tl.float32)
+    logits = tl.zeros((BLOCK_T, PAD_E), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        ks = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
+        inside = ks < K
+        x = tl.load(
+            x_ptr + rows[:, None] * stride_xt + ks[None, :] * stride_xk,
+            mask=row_mask[:, None] & inside[None, :],
+            other=0.0,
+        )
+        a = tl.load(
+            a_ptr + ranks[None, :].to(tl.int64) * stride_ar + ks[:, None] * stride_ak,
+            mask=inside[:, None] & (ranks < R)[None, :],
+            other=0.0,
+        )
+        w = tl.load(
+            router_ptr + experts[None, :].to(tl.int64) * stride_we + ks[:, None] * stride_wk,
+            mask=inside[:, None] & (experts < E)[None, :],
+            other=0.0,
+        )
+        s = dot(x, a, s, PRECISION)
+        logits = dot(x, w, logits, PRECISION)
+    if BIAS:
+        logits += tl.load(bias_ptr + experts, mask=experts < E, other=0.0).to(tl.float32)[None, :]
+    gates = route_tile(
+        logits / temperature, rows, row_mask, noise_ptr, allowed_ptr,
+        gates_ptr, indices_ptr, values_ptr, logits_ptr, probs_ptr, E, top_k, stride_allowed,
+        NOISE, MASK, SIGMOID, RENORMALIZE, STRAIGHT, BLOCK_T, PAD_E, PAD_K,
+    )  # fmt: skip
+    owner = tl.load(owner_ptr + ranks, mask=ranks < R, other=-2)
+    scale = tl.load(scale_ptr + ranks, mask=ranks < R, other=0.0)
+    # every column of `spread` holds one scaling: the product only moves each gate to its ranks
+    spread = tl.where(experts[:, None] == owner[None, :], scale[None, :], 0.0)
+    factor = dot(gates, spread, tl.zeros((BLOCK_T, PAD_R), tl.float32), "ieee")
+    places = rows[:, None] * R + ranks[None, :]
+    kept = row_mask[:, None] & (ranks < R)[None, :]
+    tl.store(s_ptr + places, s.to(s_ptr.dtype.element_ty), mask=kept)
+    tl.store(mixed_ptr + places, (s * factor).to(mixed_ptr.dtype.element_ty), mask=kept)
+
+
+def _merges(rank: int, experts: int, score: str, dropout: float) -> bool:
+    """Whether router and experts share a pass over x."""
+    return dropout == 0.0 and score != "cosine" and rank > 0 and rank + experts <= TILES.widest
+
+
+def _supports(x, weight, bias, lora_a, lora_b, router_weight, router_bias, noise, *_rest) -> str | None:
+    if router_weight.shape[0] > MOST_EXPERTS:
+        return f"triton routes to at most {MOST_EXPERTS} experts, got {router_weight.shape[0]}"
+    if noise is not None and noise.dtype == torch.float64:
+        return "triton takes noise in float32, got torch.float64"
+    return dtype_reason(x, weight, bias, lora_a, lora_b, router_weight, router_bias)
+
+
+@lora_mix_routed_op.provider("triton", supports=_supports)
+def lora_mix_routed_triton(
+    x, weight, bias, lora_a, lora_b, router_weight, router_bias, noise, expert_mask, seed,
+    top_k, score, temperature, renormalize, straight_through, ranks, scaling, trainable, dropout,
+):  # fmt: skip
+    """One pass over x for the routing, s and s * G, then y; two passes where one does not fit."""
+    routing_options = (top_k, score, temperature, renormalize, straight_through)
+    (tokens, width), rank, experts = x.shape, lora_a.shape[0], router_weight.shape[0]
+    if not _merges(rank, experts, score, dropout):
+        routing = route_triton(x, router_weight, router_bias, noise, expert_mask, *routing_options)
+        mix = (routing[0], seed, ranks, scaling, trainable, dropout)
+        return *lora_mix_triton(x, weight, bias, lora_a, lora_b, *mix), *routing
+    routing = fake_routing(x, experts, top_k)
+    s, mixed = x.new_empty(tokens, rank), x.new_empty(tokens, rank)
+    owner, scale, _ = rank_tables(tuple(ranks), tuple(scaling), x.device)
+    allowed, stride_allowed = mask_rows(expert_mask, tokens, s)
+
+    def run(tile: Tile) -> None:
+        launch(
+            _lora_mix_routed_shrink_kernel, (ceil_div(tokens, tile.m),),
+            x, lora_a, router_weight, router_weight if router_bias is None else router_bias, s, mixed, owner, scale,
+            s if noise is None else noise.contiguous(), allowed, *routing,
+            tokens, width, rank, experts, top_k, temperature,
+            *x.stride(), *lora_a.stride(), *router_weight.stride(), stride_allowed,
+            BIAS=router_bias is not None, NOISE=noise is not None, MASK=expert_mask is not None,
+            SIGMOID=score == "sigmoid", RENORMALIZE=renormalize, STRAIGHT=straight_through, PRECISION=dot_precision(),
+            BLOCK_T=tile.m, BLOCK_K=tile.k, PAD_R=power_of_two(rank), PAD_E=power_of_two(experts),
+            PAD_K=power_of_two(top_k, 1), warps=tile.warps, stages=tile.stages,
+        )  # fmt: skip
+
+    key = ("lora_mix_routed_shrink", bucket(tokens), width, rank, experts, x.dtype)
+    run(pick_tile(key, TILES.shrink.candidates(tokens, x.dtype), x.device, run))
+    return expand(x, weight, bias, mixed, lora_b), s, *routing
+
+
+def _supports_backward(
+    dy, d_gates, d_values, d_logits, d_probs, x, weight, lora_a, lora_b, router_weight, seed, s, gates, *_rest
+) -> str | None:
+    if router_weight.shape[0] > MOST_EXPERTS:
+        return f"triton routes to at most {MOST_EXPERTS} experts, got {router_weight.shape[0]}"
+    reason = dtype_reason(d_gates, d_values, d_logits, d_probs, gates)
+    return reason or dtype_reason(dy, x, weight, lora_a, lora_b, router_weight, s)
+
+
+def _merged_weights(
+    extended: Tensor, x: Tensor, runs: Sequence[tuple[int, int]], rank: int, needs_a: bool, needs_router: bool
+) -> tuple[Tensor, Tensor]:
+    """dA and dW_r from [ds | dlogits]^T x, one product where the last experts train."""
+    experts = extended.shape[1] - rank
+    da = x.new_zeros(rank, x.shape[1]) if needs_a else x.new_empty(0)
+    drouter = x.new_empty(0)
+    spans = list(runs) if needs_a else []
+    if needs_router:
+        joins = bool(spans) and spans[-1][1] == rank
+        spans = [*spans[:-1], (spans[-1][0], rank + experts)] if joins else [*spans, (rank, rank + experts)]
+    for first, last in spans:
+        product = extended[:, first:last].t() @ x
+        if first < rank:
+            da[first : min(last, rank)] = product[: rank - first]
+        if last > rank:
+            drouter = product[max(rank - first, 0) :].clone()
+    return da, drouter
+
+
+@lora_mix_routed_backward_op.provider("triton", supports=_supports_backward)
+def lora_mix_routed_backward_triton(
+    dy, d_gates, d_values, d_logits, d_probs, x, weight, lora_a, lora_b, router_weight, seed, s, gates, indices, probs,
+    score, temperature, renormalize, straight_through, ranks, scaling, trainable, dropout, needs,
+):  # fmt: skip
+    """One pass over dy in rank space, the router's formula, then the products."""
+    needs_x, needs_weight, needs_bias, needs_a, needs_b, needs_router, needs_router_bias = needs
+    rank, experts = lora_a.shape[0], router_weight.shape[0]
+    merged = _merges(rank, experts, score, dropout)
+    extended = x.new_empty(x.shape[0], rank + experts)
+    ds, low = extended[:, :rank], extended[:, rank:]
+    mixed, through_mix = rank_gradients(dy, lora_b, s, gates, ranks, scaling, ds, needs_b, True)
+    dl = logits_gradient_triton(
+        d_gates, d_values, d_logits, d_probs, gates, indices, probs, score, temperature, renormalize,
+        straight_through, more=through_mix, low=low,
+    )  # fmt: skip
+    runs = trainable_runs(ranks, trainable)
+    if merged:
+        dx = x.new_empty(0)
+        if needs_x:
+            dx = (dy @ weight).addmm_(extended, torch.cat((lora_a, router_weight)))
+        da, drouter = _merged_weights(extended, x, runs, rank, needs_a, needs_router)
+        _, db = adapter_gradients(dy, x, ds, mixed, seed, dropout, runs, False, needs_b)
+    else:
+        dx, drouter = logits_backward(dl, x, router_weight, score, needs_x, needs_router)
+        if needs_x:
+            dx = dx + input_gradient(dy, weight, ds, lora_a, seed, dropout)
+        da, db = adapter_gradients(dy, x, ds, mixed, seed, dropout, runs, needs_a, needs_b)
+    dweight = dy.t() @ x if needs_weight else x.new_empty(0)
+    dbias = dy.sum(0) if needs_bias else x.new_empty(0)
+    drouter_bias = dl.sum(0).to(x.dtype) if needs_router_bias else x.new_empty(0)
+    return dx, dweight, dbias, da, db, drouter, drouter_bias

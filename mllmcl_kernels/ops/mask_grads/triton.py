@@ -1,0 +1,53 @@
+"""`mask_grads_` in Triton: one launch over all gradients of a dtype."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ...masks import NONE
+from ...triton_tools import chunk_mask, chunk_of, chunk_table, dtype_reason, launch
+from . import mask_grads_op
+
+__all__: list[str] = []
+
+BLOCK = 1024
+
+
+@triton.jit
+def _mask_grads_kernel(
+    like_ptr, rows_ptr, chunks_ptr, WIDTH: tl.constexpr, WIDE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Zero what the masks forbid, in one chunk; `like_ptr` gives the dtype."""
+    row_ptr, first, end = chunk_of(rows_ptr, chunks_ptr, WIDTH, CHUNK)
+    grad_ptr = tl.load(row_ptr).to(like_ptr.dtype)
+    for start in range(first, end, BLOCK):
+        entries = start + tl.arange(0, BLOCK)
+        inside = entries < end
+        # only zeros are written: an entry that is kept is neither read nor written
+        forbidden = inside & (chunk_mask(row_ptr, entries, inside, WIDTH, WIDE) == 0)
+        tl.store(grad_ptr + entries, tl.zeros((BLOCK,), like_ptr.dtype.element_ty), mask=forbidden)
+
+
+def _supports(grads, *_rest) -> str | None:
+    return next((reason for reason in map(dtype_reason, grads) if reason), None)
+
+
+@mask_grads_op.provider("triton", supports=_supports)
+def mask_grads_triton(grads, masks, kinds, actives):
+    """Write zeros where the masks forbid, and touch nothing else."""
+    groups: dict[torch.dtype, list[int]] = {}
+    for index, (grad, kind) in enumerate(zip(grads, kinds, strict=True)):
+        if kind != NONE and grad.numel():
+            groups.setdefault(grad.dtype, []).append(index)
+    for indices in groups.values():
+        flat = [grads[index].contiguous() for index in indices]
+        table = chunk_table([flat], *([column[index] for index in indices] for column in (masks, kinds, actives)))
+        launch(
+            _mask_grads_kernel, (len(table.chunks),), flat[0], table.rows, table.chunks,
+            **table.constants, BLOCK=BLOCK, warps=4,
+        )  # fmt: skip
+        for index, copy in zip(indices, flat, strict=True):
+            if copy is not grads[index]:
+                grads[index].copy_(copy)
