@@ -80,22 +80,23 @@ class Mage(LoraMethod):
 
     @torch.no_grad()
     def before_step(self, optimizer) -> None:
-        squared = torch._foreach_mul(*[[value.grad for value in self._trained().values()]] * 2)
-        torch._foreach_lerp_(list(self.fisher.values()), squared, 1.0 - self.fisher_decay)
+        trained = self._trained()
+        grads = [value.grad for value in trained.values()]
+        torch._foreach_lerp_(_of(self.fisher, trained), torch._foreach_mul(grads, grads), 1.0 - self.fisher_decay)
 
     @torch.no_grad()
     def after_step(self, optimizer) -> None:
-        averages = list(self.averages.values())
-        moved = torch._foreach_sub(list(self._trained().values()), averages)
+        trained = self._trained()
+        averages = _of(self.averages, trained)
+        moved = torch._foreach_sub(list(trained.values()), averages)
         if self.legacy:
             torch._foreach_add_(averages, moved, alpha=0.01)
             return
-        torch._foreach_mul_(moved, self._weights(moved))
+        torch._foreach_mul_(moved, self._weights(moved, _of(self.fisher, trained)))
         torch._foreach_add_(averages, moved)
 
-    def _weights(self, moved: list[Tensor]) -> list[Tensor]:
+    def _weights(self, moved: list[Tensor], fisher: list[Tensor]) -> list[Tensor]:
         """w of the class docstring, for every tensor at once."""
-        fisher = list(self.fisher.values())
         sizes = [float(value.numel()) for value in moved]
         damp = torch._foreach_mul(torch._foreach_abs(moved), fisher)
         # the mean of |d| times the mean of F, as tensors without dimensions
@@ -111,7 +112,8 @@ class Mage(LoraMethod):
 
     @torch.no_grad()
     def on_task_end(self, task) -> None:
-        torch._foreach_copy_(list(self._trained().values()), list(self.averages.values()))
+        trained = self._trained()
+        torch._foreach_copy_(list(trained.values()), _of(self.averages, trained))
 
     def state_tensors(self) -> dict[str, Tensor]:
         return {
@@ -129,3 +131,8 @@ class Mage(LoraMethod):
                     if name.startswith(f"{kind}/")
                 }
             )
+
+
+def _of(store: dict[str, Tensor], trained: dict[str, Tensor]) -> list[Tensor]:
+    """The stored tensors in the order of the trained ones."""
+    return [store[name] for name in trained]

@@ -1,0 +1,158 @@
+"""Building streams from data in packages: order of draws, balance, and a cache of the finished arrays."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+
+from ..assets import ASSETS, cache_dir
+from ..files import atomic_write
+from ..seeds import derive_seed
+from .base import Sample, Stream, Task
+
+__all__ = ["Item", "Recipe", "build_stream", "pick_balanced"]
+
+log = logging.getLogger(__name__)
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """A finished picture, uint8 `[H, W, 3]`, its question and answer, and where it comes from."""
+
+    image: np.ndarray
+    question: str
+    answer: str
+    metadata: dict
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a task is made: `make(part, count, size, random)` yields `count` items of the part "train" or "test"."""
+
+    name: str
+    description: str
+    make: Callable[[str, int, int, np.random.Generator], Iterator[Item]]
+
+
+def pick_balanced(pools: dict[str, Sequence], count: int, random: np.random.Generator) -> list[tuple[str, object]]:
+    """`count` (label, candidate) pairs, labels in equal numbers and in random order.
+
+    A candidate is taken a second time only when its pool has been used up.
+
+    Raises:
+        ValueError: a pool is empty.
+    """
+    empty = [label for label, pool in pools.items() if not len(pool)]
+    if empty:
+        raise ValueError(f"no candidate for {', '.join(empty)}")
+    labels = [label for _, label in zip(range(count), _cycle(list(pools)), strict=False)]
+    orders = {label: _cycle_shuffled(len(pool), random) for label, pool in pools.items()}
+    random.shuffle(labels)
+    return [(label, pools[label][next(orders[label])]) for label in labels]
+
+
+def _cycle(values: list) -> Iterator:
+    while True:
+        yield from values
+
+
+def _cycle_shuffled(count: int, random: np.random.Generator) -> Iterator[int]:
+    while True:
+        yield from (int(place) for place in random.permutation(count))
+
+
+def build_stream(
+    module: ModuleType | str,
+    name: str,
+    recipes: Sequence[Recipe],
+    note: str,
+    *,
+    num_train: int,
+    num_test: int,
+    seed: int,
+    image_size: int,
+    tasks: Sequence[str] | None,
+) -> Stream:
+    """The stream of some recipes, from the cache where it was built before with the same code, data and options."""
+    known = [recipe.name for recipe in recipes]
+    chosen = known if tasks is None else list(tasks)
+    strangers = [task for task in chosen if task not in known]
+    if strangers:
+        raise ValueError(f"tasks must be among {', '.join(known)}, got {', '.join(strangers)}")
+    for option, value in (("num_train", num_train), ("num_test", num_test), ("image_size", image_size)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{option} must be an integer of at least 1, got {value!r}")
+    by_name = {recipe.name: recipe for recipe in recipes}
+    code = _code_digest(module)
+    finished = []
+    for task in chosen:
+        recipe = by_name[task]
+        parts = {
+            part: _part(name, recipe, part, count, seed, image_size, code)
+            for part, count in (("train", num_train), ("test", num_test))
+        }
+        finished.append(Task(name=task, description=recipe.description, **parts))
+    return Stream(name=name, tasks=tuple(finished), note=note)
+
+
+def _code_digest(module: ModuleType) -> str:
+    """Of everything that decides the pictures: this file, the drawing, the stream's own file and the data's hashes."""
+    from . import drawing
+
+    sources = [inspect.getsource(part) for part in (inspect.getmodule(_code_digest), drawing, module)]
+    facts = {key: value.sha256 for key, value in ASSETS.items()}
+    return hashlib.sha256(json.dumps([FORMAT, sources, facts, np.__version__]).encode()).hexdigest()
+
+
+def _part(stream: str, recipe: Recipe, part: str, count: int, seed: int, size: int, code: str) -> list[Sample]:
+    key = hashlib.sha256(json.dumps([stream, recipe.name, part, count, seed, size, code]).encode()).hexdigest()[:24]
+    path = cache_dir("streams", stream) / f"{recipe.name}-{part}-{key}.safetensors"
+    found = _read(path)
+    if found is None:
+        random = np.random.default_rng(derive_seed(seed, stream, recipe.name, part))
+        items = list(recipe.make(part, count, size, random))
+        assert len(items) == count, (recipe.name, part, len(items))
+        _write(path, items)
+        found = _read(path)
+    images, records = found
+    return [
+        Sample(id=f"{recipe.name}/{part}/{place:04d}", task=recipe.name, image=image, **record)
+        for place, (image, record) in enumerate(zip(images, records, strict=True))
+    ]
+
+
+def _write(path: Path, items: list[Item]) -> None:
+    from safetensors.numpy import save
+
+    records = [{"question": item.question, "answer": item.answer, "metadata": item.metadata} for item in items]
+    images = np.stack([item.image for item in items])
+    text = json.dumps(records)
+    digest = hashlib.sha256(images.tobytes() + text.encode()).hexdigest()
+    atomic_write(path, save({"images": images}, metadata={"records": text, "sha256": digest}))
+
+
+def _read(path: Path) -> tuple[np.ndarray, list[dict]] | None:
+    """Images and records of a cache file; None where it is absent or damaged, which is told."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="np") as file:
+            images, facts = file.get_tensor("images"), file.metadata()
+        text = facts["records"]
+        if hashlib.sha256(images.tobytes() + text.encode()).hexdigest() != facts["sha256"]:
+            raise ValueError("its sha256 is another")
+        return images, json.loads(text)
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        log.warning("%s is damaged (%s) and is built anew", path, error)
+        return None
