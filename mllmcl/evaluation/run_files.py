@@ -201,7 +201,7 @@ def _picture(folder: Path, entry: dict) -> Picture:
         image = image.convert("RGB")
         image.thumbnail((PICTURE_PIXELS, PICTURE_PIXELS))
         data = io.BytesIO()
-        image.save(data, format="PNG", optimize=True)
+        image.save(data, format="PNG")
         uri = "data:image/png;base64," + base64.b64encode(data.getvalue()).decode("ascii")
         return Picture(id=entry["id"], task=entry["task"], uri=uri, width=image.width, height=image.height)
 

@@ -143,7 +143,7 @@ def _write_pictures(folder: Path, random, tasks: list[str]) -> None:
         grid = np.linspace(0, 6 + index, 96)
         waves = np.sin(grid[:, None] + random.uniform(0, 6)) * np.cos(grid[None, :] * (1 + 0.3 * index))
         colors = (waves[..., None] + 1) * np.array([90 + 20 * index, 110, 160 - 20 * index]) * 0.6
-        Image.fromarray(colors.clip(0, 255).astype(np.uint8)).resize((384, 288)).save(
+        Image.fromarray(colors.clip(0, 255).astype(np.uint8)).resize((192, 144)).save(
             folder / "samples" / f"{index}.png"
         )
         entries.append({"id": f"{name}-0", "task": name, "file": f"{index}.png"})

@@ -79,7 +79,7 @@ def test_one_run_shows_every_number_of_the_matrix(runs, tmp_path):
     assert cells[11::6] == [f"{100 * sum(row[: at + 1]) / (at + 1):.1f}" for at, row in enumerate(matrix.scores)]
     assert len(re.findall(r'class="unseen"', page.source)) == 5 + 4 + 3 + 2 + 1
     for name in TASKS:
-        assert page.has(f"after {name}")
+        assert f'<th scope="row">after {name}</th>' in page.source
 
 
 def test_headline_numbers_carry_n_and_interval(runs, tmp_path):
@@ -88,6 +88,8 @@ def test_headline_numbers_carry_n_and_interval(runs, tmp_path):
     assert page.has(f"Last {100 * metrics['last']:.1f} % 95 %: {100 * low:.1f} to {100 * high:.1f} n = 120")
     bwt = f"{100 * metrics['bwt']['T-1']:+.1f}".replace("-", "\N{MINUS SIGN}")
     assert page.has(f"BWT, divisor T\N{MINUS SIGN}1 {bwt} points")
+    other = f"{100 * metrics['bwt']['T']:+.1f}".replace("-", "\N{MINUS SIGN}")
+    assert page.has(f"divisor T: {other}")
     assert page.has(NOTE)
     assert page.has("mllmcl 0.1.0 torch 2.13.0")
     assert page.has("1/(T-1) sum_{t<T} (max_{t<=k<T} a[k,t] - a[T,t])")

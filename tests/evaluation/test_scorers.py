@@ -26,6 +26,7 @@ from mllmcl.evaluation import SCORERS, scorer
         ("substring", "Unanswerable, but lung", "lung", 0.0),
         ("contains", "the plunge was long", "lung", 0.0),
         ("contains", "the lung, I think", "lung", 1.0),
+        ("contains", "a lungfish swims", "lung", 0.0),
         ("contains", "plunge", "lung", 1.0),
         ("contains", "it costs (5+5)", "(5+5)", 1.0),
         ("contains", "there are 12 cars", "2", 0.0),
