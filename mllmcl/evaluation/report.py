@@ -299,7 +299,7 @@ def _routing(runs: list[RunFiles], names: list[str]) -> str:
         accuracy = router.get("accuracy")
         text = "" if accuracy is None else f"Accuracy {percent(accuracy)} %."
         parts.append(_subhead(name) if len(runs) > 1 else "")
-        parts.append(charts.confusion_table(router["confusion"], run.matrix.tasks))
+        parts.append(charts.confusion_table(router["confusion"], run.part.tasks))
         parts.append(f'<p class="caption">{text}</p>' if text else "")
     lead = "Test items after the last task. Rows: task the item belongs to; columns: expert the router chose."
     return _section("Routing", lead, *parts)

@@ -210,6 +210,7 @@ def test_an_unfinished_run(tmp_path):
     assert page.has("The run has learned 2 of 5 tasks; all numbers are over these.")
     assert page.has("after medical")
     assert not page.has("after driving")
+    assert '<th scope="col">medical</th>' in page.source.split("<h2>Routing</h2>")[1]
 
 
 def test_a_run_of_which_no_task_is_learned(run, tmp_path):
