@@ -34,13 +34,15 @@ class Excess:
 def excess(ours: Tensor, plain: Tensor, truth: Tensor, factor: float = 2.0) -> Excess:
     """error(ours) <= factor * error(plain) + 1e-6 * max|truth|, for the norm and for the 99.9th percentile.
 
-    `plain` is the reference in the same dtype as ours, `truth` the reference in float64. NaN has to sit where the truth
-    has it and counts no further.
+    `plain` is the reference in the same dtype as ours, `truth` the reference in float64. NaN and infinity have to
+    sit where the truth has them and count no further.
     """
     ours, plain, truth = (tensor.detach().to("cpu", torch.float64).flatten() for tensor in (ours, plain, truth))
     assert ours.shape == truth.shape, (ours.shape, truth.shape)
     assert torch.equal(ours.isnan(), truth.isnan()), "NaN in other places than the truth's"
-    known = ~truth.isnan()
+    infinite = truth.isinf()
+    assert torch.equal(ours[infinite], truth[infinite]), "infinities are not the truth's"
+    known = truth.isfinite()
     ours, plain, truth = ours[known], plain[known], truth[known]
     if truth.numel() == 0:
         return Excess(0.0, 0.0, 0.0)

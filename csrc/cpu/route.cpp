@@ -1,0 +1,184 @@
+// Scores, choice and gates of a router, and their gradient, on [T, E] float32.
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "../checks.h"
+
+namespace mllmcl {
+namespace {
+
+constexpr int64_t kSoftmax = 0;
+constexpr int64_t kSigmoid = 1;
+
+const float* floats(const Tensor& t, int64_t count, const char* what) {
+  need(t.is_contiguous() && t.scalar_type() == Dtype::Float && t.numel() == count, what);
+  return static_cast<const float*>(t.const_data_ptr());
+}
+
+struct Row {
+  int64_t experts, top_k, score;
+  bool renormalize, straight;
+};
+
+// softmax or sigmoid over the allowed experts; true if the row has numbers
+bool scores(const float* noisy, const uint8_t* allowed, const Row& rule, float* probs) {
+  bool sound = true;
+  float top = -std::numeric_limits<float>::infinity();
+  for (int64_t e = 0; e < rule.experts; ++e) {
+    if (allowed != nullptr && !allowed[e]) continue;
+    sound = sound && !std::isnan(noisy[e]);
+    top = std::max(top, noisy[e]);
+  }
+  if (rule.score == kSigmoid) {
+    for (int64_t e = 0; e < rule.experts; ++e)
+      if (allowed == nullptr || allowed[e]) sound = sound && std::isfinite(noisy[e]);
+  } else {
+    sound = sound && std::isfinite(top);
+  }
+  float total = 0.0f;
+  for (int64_t e = 0; e < rule.experts; ++e) {
+    if (allowed != nullptr && !allowed[e]) { probs[e] = 0.0f; continue; }
+    if (!sound) { probs[e] = std::numeric_limits<float>::quiet_NaN(); continue; }
+    probs[e] = rule.score == kSigmoid ? 1.0f / (1.0f + std::exp(-noisy[e])) : std::exp(noisy[e] - top);
+    total += probs[e];
+  }
+  if (sound && rule.score == kSoftmax) {
+    for (int64_t e = 0; e < rule.experts; ++e)
+      if (allowed == nullptr || allowed[e]) probs[e] /= total;
+  }
+  return sound;
+}
+
+// the k best allowed experts, ties to the lowest index; the lowest allowed ones of a row without numbers
+void choose(const float* noisy, const uint8_t* allowed, bool sound, const Row& rule, uint8_t* taken, int32_t* indices) {
+  std::fill(taken, taken + rule.experts, uint8_t{0});
+  for (int64_t slot = 0; slot < rule.top_k; ++slot) {
+    int64_t best = -1;
+    for (int64_t e = 0; e < rule.experts; ++e) {
+      if (taken[e] || (allowed != nullptr && !allowed[e])) continue;
+      if (best < 0 || (sound && noisy[e] > noisy[best])) best = e;
+    }
+    indices[slot] = static_cast<int32_t>(best);
+    if (best >= 0) taken[best] = 1;
+  }
+}
+
+void fill_gates(const float* probs, const uint8_t* taken, bool sound, const Row& rule, const int32_t* indices,
+                float* gates, float* values) {
+  float total = 0.0f;
+  for (int64_t e = 0; e < rule.experts; ++e) {
+    gates[e] = !taken[e] ? 0.0f : (rule.straight && sound ? 1.0f : probs[e]);
+    total += gates[e];
+  }
+  if (rule.renormalize) {
+    for (int64_t e = 0; e < rule.experts; ++e)
+      if (taken[e]) gates[e] /= total;
+  }
+  for (int64_t slot = 0; slot < rule.top_k; ++slot) values[slot] = indices[slot] < 0 ? 0.0f : gates[indices[slot]];
+}
+
+void router_gates(Tensor logits, std::optional<Tensor> noise, std::optional<Tensor> mask, int64_t top_k, int64_t score,
+                  bool renormalize, bool straight, Tensor gates, Tensor indices, Tensor values, Tensor probs) {
+  need(logits.dim() == 2, "logits must be [T, E]");
+  const int64_t tokens = logits.size(0), experts = logits.size(1);
+  const Row rule{experts, top_k, score, renormalize, straight};
+  need(top_k >= 1 && top_k <= experts, "top_k must be in 1..E");
+  const float* from = floats(logits, tokens * experts, "logits must be contiguous float32");
+  const float* jitter = noise.has_value() ? floats(*noise, tokens * experts, "noise must be float32 [T, E]") : nullptr;
+  const uint8_t* may = nullptr;
+  int64_t stride = 0;
+  if (mask.has_value()) {
+    need(mask->is_contiguous() && mask->scalar_type() == Dtype::Byte, "mask must be contiguous uint8");
+    need(mask->numel() == experts || mask->numel() == tokens * experts, "mask must be [1, E] or [T, E]");
+    may = static_cast<const uint8_t*>(mask->const_data_ptr());
+    stride = mask->size(0) == 1 ? 0 : experts;
+  }
+  floats(gates, tokens * experts, "gates must be float32 [T, E]");
+  floats(probs, tokens * experts, "probs must be float32 [T, E]");
+  floats(values, tokens * top_k, "values must be float32 [T, k]");
+  need(indices.is_contiguous() && indices.scalar_type() == Dtype::Int && indices.numel() == tokens * top_k,
+       "indices must be int32 [T, k]");
+  auto* to_gates = static_cast<float*>(gates.mutable_data_ptr());
+  auto* to_probs = static_cast<float*>(probs.mutable_data_ptr());
+  auto* to_values = static_cast<float*>(values.mutable_data_ptr());
+  auto* to_indices = static_cast<int32_t*>(indices.mutable_data_ptr());
+  torch::stable::parallel_for(0, tokens, grain(8 * experts), [&](int64_t begin, int64_t end) {
+    std::vector<float> noisy(experts);
+    std::vector<uint8_t> taken(experts);
+    for (int64_t t = begin; t < end; ++t) {
+      const float* row = from + t * experts;
+      const uint8_t* allowed = may == nullptr ? nullptr : may + t * stride;
+      for (int64_t e = 0; e < experts; ++e) noisy[e] = row[e] + (jitter == nullptr ? 0.0f : jitter[t * experts + e]);
+      float* prob = to_probs + t * experts;
+      int32_t* index = to_indices + t * top_k;
+      const bool sound = scores(noisy.data(), allowed, rule, prob);
+      choose(noisy.data(), allowed, sound, rule, taken.data(), index);
+      fill_gates(prob, taken.data(), sound, rule, index, to_gates + t * experts, to_values + t * top_k);
+    }
+  });
+}
+
+// Gradient of the logits; the formula is in ops/route/README.md.
+void router_backward(Tensor d_gates, Tensor d_values, Tensor d_logits, Tensor d_probs, Tensor gates, Tensor indices,
+                     Tensor probs, int64_t score, bool renormalize, bool straight, double inverse_temperature,
+                     Tensor d_scores) {
+  need(gates.dim() == 2 && indices.dim() == 2, "gates must be [T, E], indices [T, k]");
+  const int64_t tokens = gates.size(0), experts = gates.size(1), top_k = indices.size(1);
+  const int64_t count = tokens * experts;
+  const float* g = floats(gates, count, "gates must be float32 [T, E]");
+  const float* p = floats(probs, count, "probs must be float32 [T, E]");
+  const float* from_gates = floats(d_gates, count, "d_gates must be float32 [T, E]");
+  const float* from_logits = floats(d_logits, count, "d_logits must be float32 [T, E]");
+  const float* from_probs = floats(d_probs, count, "d_probs must be float32 [T, E]");
+  const float* from_values = floats(d_values, tokens * top_k, "d_values must be float32 [T, k]");
+  floats(d_scores, count, "d_scores must be float32 [T, E]");
+  need(indices.is_contiguous() && indices.scalar_type() == Dtype::Int, "indices must be contiguous int32");
+  const auto* index = static_cast<const int32_t*>(indices.const_data_ptr());
+  for (int64_t i = 0; i < tokens * top_k; ++i) need(index[i] >= -1 && index[i] < experts, "an index is out of range");
+  auto* out = static_cast<float*>(d_scores.mutable_data_ptr());
+  const float scale = static_cast<float>(inverse_temperature);
+  torch::stable::parallel_for(0, tokens, grain(8 * experts), [&](int64_t begin, int64_t end) {
+    std::vector<float> h(experts), d(experts);
+    std::vector<uint8_t> taken(experts);
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t at = t * experts;
+      std::fill(taken.begin(), taken.end(), uint8_t{0});
+      std::copy(from_gates + at, from_gates + at + experts, h.begin());
+      for (int64_t slot = 0; slot < top_k; ++slot) {
+        const int32_t e = index[t * top_k + slot];
+        if (e < 0) continue;
+        taken[e] = 1;
+        h[e] += from_values[t * top_k + slot];
+      }
+      float kept = 0.0f, along = 0.0f;
+      for (int64_t e = 0; e < experts; ++e) {
+        if (!taken[e]) continue;
+        kept += p[at + e];
+        along += h[e] * g[at + e];
+      }
+      for (int64_t e = 0; e < experts; ++e) {
+        float through = taken[e] ? h[e] : 0.0f;
+        if (straight) through = h[e];
+        else if (renormalize && taken[e]) through = (h[e] - along) / kept;
+        d[e] = through + from_probs[at + e];
+      }
+      float mean = 0.0f;
+      for (int64_t e = 0; e < experts; ++e) mean += p[at + e] * d[e];
+      for (int64_t e = 0; e < experts; ++e) {
+        const float prob = p[at + e];
+        const float inner = score == kSigmoid ? prob * (1.0f - prob) * d[e] : prob * (d[e] - mean);
+        out[at + e] = (inner + from_logits[at + e]) * scale;
+      }
+    }
+  });
+}
+
+}  // namespace
+}  // namespace mllmcl
+
+STABLE_TORCH_LIBRARY_IMPL(mllmcl_cpu, CPU, m) {
+  m.impl("router_gates", TORCH_BOX(&mllmcl::router_gates));
+  m.impl("router_backward", TORCH_BOX(&mllmcl::router_backward));
+}

@@ -1,0 +1,93 @@
+"""`lora_mix_routed` on the CPU: the router is E more rows of A, so that one product reads x."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..lora_mix.cpp import OPS as RANK_OPS
+from ..lora_mix.cpp import (
+    base,
+    float_path,
+    lora_gradients,
+    lora_mix_backward_cpp,
+    lora_mix_cpp,
+    mixed_ranks,
+    rank_tables,
+)
+from ..route.cpp import gates_from_logits, logits_gradient, route_backward_cpp, route_cpp
+from . import lora_mix_routed_backward_op, lora_mix_routed_op
+
+__all__: list[str] = []
+
+
+def _one_product(x: Tensor, score: str, dropout: float) -> bool:
+    """Whether router and experts see the same x in the same precision."""
+    return x.dtype == torch.float32 and score != "cosine" and dropout == 0.0
+
+
+def _supports(x, weight, bias, lora_a, lora_b, router_weight, router_bias, *_rest) -> str | None:
+    return float_path(x, weight, bias, lora_a, lora_b, router_weight, router_bias)
+
+
+def _supports_backward(dy, d_gates, d_values, d_logits, d_probs, x, weight, lora_a, lora_b, *_rest) -> str | None:
+    return float_path(dy, x, weight, lora_a, lora_b)
+
+
+@lora_mix_routed_op.provider("cpp", supports=_supports)
+def lora_mix_routed_cpp(
+    x, weight, bias, lora_a, lora_b, router_weight, router_bias, noise, expert_mask, seed, top_k, score, temperature,
+    renormalize, straight_through, ranks, scaling, trainable, dropout,
+):  # fmt: skip
+    choice = (top_k, score, renormalize, straight_through)
+    if not _one_product(x, score, dropout):
+        routing = route_cpp(
+            x, router_weight, router_bias, noise, expert_mask, top_k, score, temperature, renormalize, straight_through
+        )
+        y, s = lora_mix_cpp(x, weight, bias, lora_a, lora_b, routing[0], seed, ranks, scaling, trainable, dropout)
+        return y, s, *routing
+    x = x.contiguous()
+    both = torch.mm(x, torch.cat([lora_a, router_weight]).t())
+    rank = lora_a.shape[0]
+    s, logits = both[:, :rank].contiguous(), both[:, rank:]
+    if router_bias is not None:
+        logits = logits + router_bias
+    logits = (logits / temperature).contiguous()
+    routing = gates_from_logits(logits, noise, expert_mask, *choice)
+    y = base(x, weight, bias)
+    y.addmm_(mixed_ranks(s, routing[0], ranks, scaling), lora_b.t())
+    return y, s, *routing
+
+
+@lora_mix_routed_backward_op.provider("cpp", supports=_supports_backward)
+def lora_mix_routed_backward_cpp(
+    dy, d_gates, d_values, d_logits, d_probs, x, weight, lora_a, lora_b, router_weight, seed, s, gates, indices, probs,
+    score, temperature, renormalize, straight_through, ranks, scaling, trainable, dropout, needs,
+):  # fmt: skip
+    options = (score, temperature, renormalize, straight_through)
+    if not _one_product(x, score, dropout):
+        dx, dweight, dbias, da, db, through = lora_mix_backward_cpp(
+            dy, x, weight, lora_a, lora_b, gates, seed, s, ranks, scaling, trainable, dropout, [*needs[:5], True]
+        )
+        dx_router, drouter, drouter_bias = route_backward_cpp(
+            d_gates + through, d_values, d_logits, d_probs, x, router_weight, gates, indices, probs, *options,
+            [needs[0], needs[5], needs[6]],
+        )  # fmt: skip
+        return dx.add_(dx_router) if needs[0] else dx, dweight, dbias, da, db, drouter, drouter_bias
+    dy, x = dy.contiguous(), x.contiguous()
+    empty = x.new_empty(0)
+    u = torch.mm(dy, lora_b)
+    ds, mixed, through = torch.empty_like(u), torch.empty_like(u), torch.empty_like(gates)
+    RANK_OPS.rank_gate_backward(u, s.contiguous(), gates.contiguous(), *rank_tables(ranks, scaling), ds, mixed, through)
+    dl = logits_gradient(d_gates + through, d_values, d_logits, d_probs, gates, indices, probs, *options)
+    dx = dweight = dbias = empty
+    if needs[0]:
+        dx = torch.mm(dy, weight)
+        dx.addmm_(torch.cat([ds, dl], 1), torch.cat([lora_a, router_weight]))
+    if needs[1]:
+        dweight = torch.mm(dy.t(), x)
+    if needs[2]:
+        dbias = dy.sum(0)
+    da, db = lora_gradients(dy, x, ds, mixed, ranks, trainable, needs[3], needs[4])
+    drouter = torch.mm(dl.t(), x) if needs[5] else empty
+    return dx, dweight, dbias, da, db, drouter, dl.sum(0) if needs[6] else empty
