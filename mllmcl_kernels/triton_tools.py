@@ -377,13 +377,13 @@ class DualTiles:
 
 DUAL_TILES = DualTiles(
     hopper=Tiles(
-        small=(Tile(16, 128, 128, 4, 3), Tile(64, 64, 64, 4, 4)),
+        small=(Tile(16, 64, 128, 4, 4), Tile(64, 64, 64, 4, 4)),
         medium=(Tile(64, 128, 64, 4, 3), Tile(64, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3)),
         large=(Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 4), Tile(128, 256, 64, 8, 4)),
         float32=(Tile(64, 64, 32, 8, 2),),
     ),
     ampere=Tiles(
-        small=(Tile(16, 128, 128, 4, 3), Tile(64, 64, 64, 4, 4)),
+        small=(Tile(16, 64, 128, 4, 4), Tile(64, 64, 64, 4, 4)),
         medium=(Tile(64, 128, 64, 4, 3), Tile(128, 128, 64, 8, 3)),
         large=(Tile(128, 128, 64, 8, 3), Tile(128, 256, 32, 8, 4)),
         float32=(Tile(64, 64, 32, 8, 2),),

@@ -74,7 +74,7 @@ class LoraMixTiles:
 TILES = LoraMixTiles(
     rank=Tiles(
         small=(Tile(16, 128, 128, 4, 3), Tile(16, 128, 64, 4, 4)),
-        medium=(Tile(32, 256, 64, 8, 3), Tile(32, 128, 128, 4, 3), Tile(64, 128, 64, 4, 3)),
+        medium=(Tile(32, 256, 64, 4, 3), Tile(32, 128, 128, 4, 3), Tile(64, 128, 64, 4, 3)),
         large=(Tile(64, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(64, 128, 128, 4, 3)),
         float32=(Tile(32, 32, 32, 4, 2),),
     ),
@@ -361,9 +361,10 @@ def choose_expand(tokens: int, width: int, rank: int, dtype: torch.dtype) -> str
     """ "addmm" or "dual": which way of adding (s * G) B^T costs less, as a share of the base product's time.
 
     addmm_ reads and writes y once more, the dual-source kernel gives up cuBLAS's throughput. Below 512 tokens the base
-    product waits for W, not for arithmetic, and the formula says nothing.
+    product waits for W, not for arithmetic, and the formula says nothing. Triton loads wide only from rows whose length
+    is a multiple of 16.
     """
-    if dtype == torch.float32 or tokens < 512 or rank % 8 != 0 or width % 8 != 0:
+    if dtype == torch.float32 or tokens < 512 or rank % 16 != 0 or width % 16 != 0:
         return "addmm"
     addmm = (rank + 2.0 * TILES.balance) / width
     dual = (1.0 + rank / width) / TILES.dual_efficiency - 1.0

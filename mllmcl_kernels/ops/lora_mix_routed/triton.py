@@ -59,9 +59,9 @@ class RoutedTiles:
 
 TILES = RoutedTiles(
     shrink=Tiles(
-        small=(Tile(16, 0, 128, 4, 3), Tile(16, 0, 64, 4, 4)),
-        medium=(Tile(16, 0, 128, 4, 3), Tile(32, 0, 64, 8, 3)),
-        large=(Tile(32, 0, 64, 8, 3), Tile(64, 0, 64, 8, 3)),
+        small=(Tile(16, 0, 64, 4, 4), Tile(16, 0, 64, 4, 3)),
+        medium=(Tile(16, 0, 64, 4, 4), Tile(32, 0, 64, 4, 3)),
+        large=(Tile(32, 0, 64, 4, 3), Tile(64, 0, 64, 8, 3), Tile(16, 0, 64, 4, 4)),
         float32=(Tile(16, 0, 32, 8, 2),),
     )
 )
@@ -71,54 +71,54 @@ TILES = RoutedTiles(
 def _lora_mix_routed_shrink_kernel(
     x_ptr, a_ptr, router_ptr, bias_ptr, s_ptr, mixed_ptr, owner_ptr, scale_ptr, noise_ptr, allowed_ptr,
     gates_ptr, indices_ptr, values_ptr, logits_ptr, probs_ptr,
-    T, K, R, E, top_k, temperature, stride_xt, stride_xk, stride_ar, stride_ak, stride_we, stride_wk, stride_allowed,
+    T, K, R, E, top_k, temperature, stride_xt, stride_xk, stride_allowed,
     BIAS: tl.constexpr, NOISE: tl.constexpr, MASK: tl.constexpr, SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr,
     STRAIGHT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, PAD_R: tl.constexpr, PAD_E: tl.constexpr, PAD_K: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, PAD_C: tl.constexpr, PAD_E: tl.constexpr, PAD_K: tl.constexpr,
 ):  # fmt: skip
-    """[s | logits] = x [A ; W_r]^T, the routing of these rows, and s * G."""
+    """[s | logits] = x [A ; W_r]^T, the routing of these rows, and s * G.
+
+    One product whose columns point into A and then into W_r: two products in one loop make the compiler stack its warps
+    along the rows, which repeats the work of a flat tile.
+    """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    ranks = tl.arange(0, PAD_R)
-    experts = tl.arange(0, PAD_E)
-    row_mask = rows < T
-    s = tl.zeros((BLOCK_T, PAD_R), tl.float32)
-    logits = tl.zeros((BLOCK_T, PAD_E), tl.float32)
+    cols = tl.arange(0, PAD_C).to(tl.int64)
+    row_mask, is_rank, is_logit = rows < T, cols < R, (cols >= R) & (cols < R + E)
+    columns = tl.where(is_rank, a_ptr + cols * K, router_ptr + (cols - R) * K)
+    acc = tl.zeros((BLOCK_T, PAD_C), tl.float32)
     for start in range(0, K, BLOCK_K):
-        ks = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
-        inside = ks < K
+        ks = start + tl.arange(0, BLOCK_K)
         x = tl.load(
-            x_ptr + rows[:, None] * stride_xt + ks[None, :] * stride_xk,
-            mask=row_mask[:, None] & inside[None, :],
+            x_ptr + rows[:, None] * stride_xt + ks[None, :].to(tl.int64) * stride_xk,
+            mask=row_mask[:, None] & (ks < K)[None, :],
             other=0.0,
         )
-        a = tl.load(
-            a_ptr + ranks[None, :].to(tl.int64) * stride_ar + ks[:, None] * stride_ak,
-            mask=inside[:, None] & (ranks < R)[None, :],
-            other=0.0,
-        )
-        w = tl.load(
-            router_ptr + experts[None, :].to(tl.int64) * stride_we + ks[:, None] * stride_wk,
-            mask=inside[:, None] & (experts < E)[None, :],
-            other=0.0,
-        )
-        s = dot(x, a, s, PRECISION)
-        logits = dot(x, w, logits, PRECISION)
+        w = tl.load(columns[None, :] + ks[:, None], mask=(ks < K)[:, None] & (cols < R + E)[None, :], other=0.0)
+        acc = dot(x, w, acc, PRECISION)
+    logits = acc
     if BIAS:
-        logits += tl.load(bias_ptr + experts, mask=experts < E, other=0.0).to(tl.float32)[None, :]
-    gates = route_tile(
-        logits / temperature, rows, row_mask, noise_ptr, allowed_ptr,
-        gates_ptr, indices_ptr, values_ptr, logits_ptr, probs_ptr, E, top_k, stride_allowed,
-        NOISE, MASK, SIGMOID, RENORMALIZE, STRAIGHT, BLOCK_T, PAD_E, PAD_K,
+        logits += tl.load(bias_ptr + cols - R, mask=is_logit, other=0.0).to(tl.float32)[None, :]
+    places = rows[:, None] * E + (cols - R)[None, :]
+    tl.store(logits_ptr + places, logits / temperature, mask=row_mask[:, None] & is_logit[None, :])
+
+    # columns change threads by way of the cache: what threads of this program wrote, all of them see behind a barrier
+    tl.debug_barrier()
+    experts = tl.arange(0, PAD_E)
+    inside = row_mask[:, None] & (experts < E)[None, :]
+    logits = tl.load(logits_ptr + rows[:, None] * E + experts[None, :], mask=inside, other=0.0, volatile=True)
+    route_tile(
+        logits, rows, row_mask, noise_ptr, allowed_ptr, gates_ptr, indices_ptr, values_ptr, logits_ptr, probs_ptr,
+        E, top_k, stride_allowed, NOISE, MASK, SIGMOID, RENORMALIZE, STRAIGHT, BLOCK_T, PAD_E, PAD_K,
     )  # fmt: skip
-    owner = tl.load(owner_ptr + ranks, mask=ranks < R, other=-2)
-    scale = tl.load(scale_ptr + ranks, mask=ranks < R, other=0.0)
-    # every column of `spread` holds one scaling: the product only moves each gate to its ranks
-    spread = tl.where(experts[:, None] == owner[None, :], scale[None, :], 0.0)
-    factor = dot(gates, spread, tl.zeros((BLOCK_T, PAD_R), tl.float32), "ieee")
-    places = rows[:, None] * R + ranks[None, :]
-    kept = row_mask[:, None] & (ranks < R)[None, :]
-    tl.store(s_ptr + places, s.to(s_ptr.dtype.element_ty), mask=kept)
-    tl.store(mixed_ptr + places, (s * factor).to(mixed_ptr.dtype.element_ty), mask=kept)
+    tl.debug_barrier()
+    kept = row_mask[:, None] & is_rank[None, :]
+    owner = tl.load(owner_ptr + cols, mask=is_rank, other=0)
+    scale = tl.load(scale_ptr + cols, mask=is_rank, other=0.0)
+    gate = tl.load(gates_ptr + rows[:, None] * E + owner[None, :], mask=kept, other=0.0, volatile=True)
+    places = rows[:, None] * R + cols[None, :]
+    tl.store(s_ptr + places, acc.to(s_ptr.dtype.element_ty), mask=kept)
+    mixed = acc * (gate * scale[None, :])
+    tl.store(mixed_ptr + places, mixed.to(mixed_ptr.dtype.element_ty), mask=kept)
 
 
 def _merges(rank: int, experts: int, score: str, dropout: float) -> bool:
@@ -150,17 +150,18 @@ def lora_mix_routed_triton(
     s, mixed = x.new_empty(tokens, rank), x.new_empty(tokens, rank)
     owner, scale, _ = rank_tables(tuple(ranks), tuple(scaling), x.device)
     allowed, stride_allowed = mask_rows(expert_mask, tokens, s)
+    a_rows, router_rows = lora_a.contiguous(), router_weight.contiguous()
 
     def run(tile: Tile) -> None:
         launch(
             _lora_mix_routed_shrink_kernel, (ceil_div(tokens, tile.m),),
-            x, lora_a, router_weight, router_weight if router_bias is None else router_bias, s, mixed, owner, scale,
+            x, a_rows, router_rows, router_rows if router_bias is None else router_bias, s, mixed, owner, scale,
             s if noise is None else noise.contiguous(), allowed, *routing,
             tokens, width, rank, experts, top_k, temperature,
-            *x.stride(), *lora_a.stride(), *router_weight.stride(), stride_allowed,
+            *x.stride(), stride_allowed,
             BIAS=router_bias is not None, NOISE=noise is not None, MASK=expert_mask is not None,
             SIGMOID=score == "sigmoid", RENORMALIZE=renormalize, STRAIGHT=straight_through, PRECISION=dot_precision(),
-            BLOCK_T=tile.m, BLOCK_K=tile.k, PAD_R=power_of_two(rank), PAD_E=power_of_two(experts),
+            BLOCK_T=tile.m, BLOCK_K=tile.k, PAD_C=power_of_two(rank + experts), PAD_E=power_of_two(experts),
             PAD_K=power_of_two(top_k, 1), warps=tile.warps, stages=tile.stages,
         )  # fmt: skip
 

@@ -1,0 +1,205 @@
+"""Every Triton kernel, as the providers launch it, compiled for sm_80 and sm_90 without a GPU, and what came out.
+
+The providers run on meta tensors of realistic sizes while `triton_tools.start` only takes notes: what is compiled is
+what would be launched, with the same tiles, dtypes and divisibilities.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET", "0") == "1":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from mllmcl_kernels import triton_tools  # noqa: E402
+from mllmcl_kernels.ops.lora_mix import triton as lora_mix  # noqa: E402
+from mllmcl_kernels.ops.lora_mix_routed import triton as lora_mix_routed  # noqa: E402
+from mllmcl_kernels.ops.mask_grads import triton as mask_grads  # noqa: E402
+from mllmcl_kernels.ops.masked_adamw import triton as masked_adamw  # noqa: E402
+from mllmcl_kernels.ops.route import triton as route  # noqa: E402
+
+ARCHITECTURES = {80: 163 * 1024, 90: 227 * 1024}
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+POINTERS = {
+    torch.float64: "*fp64",
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.uint8: "*u8",
+}
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel with everything that decides its machine code."""
+
+    kernel: object
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, object], ...]
+    aligned: tuple[int, ...]
+    warps: int
+    stages: int
+
+    @property
+    def label(self) -> str:
+        told = ("BLOCK", "PAD", "SPLIT", "KIND")
+        shown = [f"{name}{value}" for name, value in self.constants if name.startswith(told)]
+        flags = [name for name, value in self.constants if value is True]
+        return "-".join([self.kernel.__name__.strip("_"), *shown, *flags])
+
+    def compile(self, architecture: int):
+        attributes = {(place,): [["tt.divisibility", 16]] for place in self.aligned}
+        source = ASTSource(self.kernel, dict(self.signature), dict(self.constants), attributes)
+        options = {"num_warps": self.warps, "num_stages": self.stages}
+        return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+
+
+def note(kernel, args: tuple, constants: dict, warps: int, stages: int) -> Launch:
+    """The signature that Triton would derive from these arguments: 1 is a constant, multiples of 16 are marked."""
+    names = [parameter.name for parameter in kernel.params]
+    types, fixed, aligned = {}, dict(constants), []
+    for place, (name, arg) in enumerate(zip(names, args, strict=False)):
+        if isinstance(arg, torch.Tensor):
+            types[name] = POINTERS[arg.dtype]
+            aligned.append(place)
+        elif isinstance(arg, float):
+            types[name] = "fp32"
+        elif arg == 1:
+            types[name], fixed[name] = "constexpr", 1
+        else:
+            types[name] = "i32" if abs(arg) < 2**31 else "i64"
+            aligned += [place] if arg % 16 == 0 else []
+    types.update(dict.fromkeys(constants, "constexpr"))
+    signature = tuple((name, types[name]) for name in names)
+    return Launch(kernel, signature, tuple(sorted(fixed.items())), tuple(aligned), warps, stages)
+
+
+def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def mix_calls(dtype: torch.dtype, tokens: int, rank: int, experts: int, dropout: float, width: int = 4096) -> None:
+    """lora_mix and lora_mix_routed, forward and backward, one more call for the dual-source product."""
+    x, weight, total = empty(tokens, width, dtype=dtype), empty(width, width, dtype=dtype), rank * experts
+    lora_a, lora_b, s = (empty(*shape, dtype=dtype) for shape in ((total, width), (width, total), (tokens, total)))
+    gates, seed = empty(tokens, experts, dtype=torch.float32), empty(1, dtype=torch.int64)
+    experts_of = ([rank] * experts, [1.0] * experts, [True] * experts, dropout)
+    ids = empty(tokens, dtype=torch.int64)
+    lora_mix.lora_mix_triton(x, weight, None, lora_a, lora_b, gates, seed, *experts_of)
+    lora_mix.lora_mix_triton(x, weight, None, lora_a, lora_b, ids, seed, *experts_of)
+    head = (x, x, weight, lora_a, lora_b, gates, seed, s)
+    lora_mix.lora_mix_backward_triton(*head, *experts_of, [True] * 6)
+    triton_tools.dual_product(x, weight, None, s, lora_b)
+    if dropout == 0.0:
+        router = empty(experts, width, dtype=dtype)
+        options = (min(2, experts), "softmax", 1.0, True, False)
+        layer = (x, weight, None, lora_a, lora_b, router, None, None, None, None)
+        lora_mix_routed.lora_mix_routed_triton(*layer, *options, *experts_of)
+
+
+def route_calls(dtype: torch.dtype, tokens: int, experts: int, top_k: int, score: str, width: int = 4096) -> None:
+    x, weight = empty(tokens, width, dtype=dtype), empty(experts, width, dtype=dtype)
+    outputs = route.route_triton(x, weight, None, None, None, top_k, score, 1.0, True, False)
+    gates, indices, values, logits, probs = outputs
+    saved = (gates, values, logits, probs, gates, indices, probs)
+    route.logits_gradient_triton(*saved, score, 1.0, True, False, low=x[:, :experts])
+
+
+def optimizer_calls(dtype: torch.dtype) -> None:
+    params, moments, mask = [empty(64, 64, dtype=dtype)], [empty(64, 64, dtype=torch.float32)], torch.uint8
+    masks, number = [empty(64, dtype=mask)], torch.tensor(1.0, dtype=torch.float64)
+    there = empty(dtype=torch.float32)
+    for numbers in ((number,) * 3, (there,) * 3, (number, number, there)):
+        lists = (params, params, moments, moments, masks, [0], [1])
+        masked_adamw.masked_adamw_triton(*lists, *numbers, 0.9, 0.999, 1e-8, 0.01)
+    mask_grads.mask_grads_triton(params, masks, [0], [1])
+
+
+def launches(dtype: torch.dtype, architecture: int) -> list[Launch]:
+    """Everything the providers would launch on this architecture, each different kernel once."""
+    found: dict[Launch, None] = {}
+
+    def start(kernel, grid, args, constants, warps, stages):
+        found[note(kernel, args, constants, warps, stages)] = None
+
+    with (
+        mock.patch.object(triton_tools, "start", start),
+        mock.patch.object(triton_tools, "compute_capability", lambda device: architecture // 10),
+    ):
+        mix_calls(dtype, 1, rank=16, experts=8, dropout=0.0)
+        mix_calls(dtype, 512, rank=32, experts=8, dropout=0.0)
+        mix_calls(dtype, 16384, rank=16, experts=8, dropout=0.1)
+        mix_calls(dtype, 16384, rank=16, experts=8, dropout=0.0)
+        mix_calls(dtype, 16384, rank=16, experts=4, dropout=0.0)
+        route_calls(dtype, 8192, 8, 2, "softmax")
+        route_calls(dtype, 8192, 64, 8, "cosine")
+        if dtype != torch.float16:
+            # kernels without a product in x's dtype
+            route_calls(dtype, 8192, 512, 8, "sigmoid")
+            optimizer_calls(dtype)
+    return list(found)
+
+
+def cells():
+    for dtype in DTYPES:
+        for architecture in ARCHITECTURES if dtype != torch.float32 else (90,):
+            for launch in launches(dtype, architecture):
+                label = f"{str(dtype).removeprefix('torch.')}-sm_{architecture}-{launch.label}"
+                yield pytest.param(launch, dtype, architecture, id=label)
+
+
+def resources(cubin: bytes, folder: Path) -> dict[str, int]:
+    """Registers a thread, bytes of stack, where spilled registers live, and of shared memory a block."""
+    path = folder / "kernel.cubin"
+    path.write_bytes(cubin)
+    command = [str(TOOLS / "cuobjdump"), "--dump-resource-usage", str(path)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(re.search(rf"\b{name}:(\d+)", text)[1]) for name in ("REG", "STACK", "LOCAL")}
+
+
+@pytest.mark.parametrize(("launch", "dtype", "architecture"), list(cells()))
+def test_compiles_without_spills(launch: Launch, dtype, architecture: int, tmp_path: Path, record_property):
+    """No register spills, shared memory within the limit, and matrix instructions where halves are multiplied."""
+    compiled = launch.compile(architecture)
+    usage = resources(compiled.asm["cubin"], tmp_path)
+    ptx = compiled.asm["ptx"]
+    usage["SHARED"] = compiled.metadata.shared
+    matrix = {"mma.sync": ptx.count("mma.sync"), "wgmma": ptx.count("wgmma.mma_async")}
+    for name, value in {**usage, **matrix}.items():
+        record_property(name, value)
+    assert usage["STACK"] == 0 and usage["LOCAL"] == 0, usage
+    assert usage["SHARED"] <= ARCHITECTURES[architecture], usage
+    if "tt.dot" not in compiled.asm["ttir"]:
+        assert not any(matrix.values())
+        return
+    assert ptx.count("cp.async.c"), "loads are not pipelined"
+    if dtype != torch.float32:
+        assert any(matrix.values()), "half precision without matrix instructions"
+        # the rows of the left factor are ranks where dA is made
+        rows = dict(launch.constants)["BLOCK_R" if "_da_" in launch.kernel.__name__ else "BLOCK_T"]
+        wide = rows >= 64 and architecture >= 90
+        assert matrix["wgmma" if wide else "mma.sync"], (matrix, rows)
+
+
+def test_every_kernel_is_compiled():
+    """No kernel in the package that the calls above do not launch."""
+    launched = {launch.kernel.__name__ for dtype in DTYPES for launch in launches(dtype, 90)}
+    written = set()
+    for path in Path(triton_tools.__file__).parent.rglob("triton*.py"):
+        written |= set(re.findall(r"^def (_\w+_kernel)\(", path.read_text(), re.MULTILINE))
+    assert written == launched

@@ -1,0 +1,418 @@
+"""The Triton kernels run by Triton's interpreter on the CPU, in a child process: it has to be chosen before the import.
+
+The child walks the registry with the triton provider and then the tests below: guard bands, row independence, the paths
+that only sizes or machines select. bfloat16 is left out, since the interpreter keeps it as integers and rounds wrong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mllmcl_kernels import masks
+from mllmcl_kernels.op import REGISTRY, Op
+from mllmcl_kernels.testing import excess, map_tensors, outputs_of, poisoned_empty, to_double
+
+pytest.importorskip("triton")
+INSIDE = os.environ.get("TRITON_INTERPRET", "0") == "1"
+inside = pytest.mark.skipif(not INSIDE, reason="runs in the child process that interprets")
+CPU = torch.device("cpu")
+GUARD = 64
+# what lies around tensors: nothing legal, and anything computed with it shows
+WRONG = {torch.int64: 1 << 40, torch.int32: 1 << 30, torch.uint8: 77, torch.bool: True}
+
+
+@pytest.mark.skipif(INSIDE, reason="is the child")
+def test_everything_in_the_interpreter():
+    """Registry and the rest of this file, with TRITON_INTERPRET=1 from the start."""
+    here = Path(__file__).parent
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "MLLMCL_BACKEND": ""}
+    command = [sys.executable, "-m", "pytest", "-x", "--no-header", "-p", "no:cacheprovider", "-W", "ignore"]
+    files = [str(here / "test_registry.py"), str(here / "test_triton_interpreted.py")]
+    child = subprocess.run(
+        [*command, "-k", "triton and not bfloat16", *files], env=environment, capture_output=True, text=True
+    )
+    assert child.returncode == 0, child.stdout[-6000:] + child.stderr[-2000:]
+    assert int(re.search(r"(\d+) passed", child.stdout)[1]) > 250
+
+
+def triton_ops() -> list[Op]:
+    return [op for op in REGISTRY.values() if INSIDE and not isinstance(op.find("triton"), str)]
+
+
+@inside
+def test_every_op_has_a_triton_provider():
+    assert {op.name for op in triton_ops()} == set(REGISTRY)
+
+
+def check(op: Op, args: tuple, run=None) -> list[torch.Tensor]:
+    """The error rule on every output of one call; gives the outputs."""
+    truth = outputs_of(op, to_double(args), op.reference)
+    plain = outputs_of(op, args, op.reference)
+    with poisoned_empty():
+        ours = outputs_of(op, args, run or (lambda *call: op(*call, backend="triton")))
+    for place, (mine, usual, true) in enumerate(zip(ours, plain, truth, strict=True)):
+        assert mine.dtype == usual.dtype and mine.shape == usual.shape, place
+        if mine.is_floating_point():
+            off = excess(mine, usual, true, op.tolerance)
+            assert off.passes, f"output {place}: {off}"
+        else:
+            assert torch.equal(mine, usual), place
+    return ours
+
+
+# -- guard bands ------------------------------------------------------------------------------------------------------
+
+
+def fence(tensor: torch.Tensor, fences: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """A copy inside a larger buffer: NaN or wrong ids before, behind and, for two dimensions, beside every row."""
+    wrong = WRONG.get(tensor.dtype, float("nan"))
+    if tensor.dim() == 2 and tensor.is_floating_point():
+        buffer = torch.full((tensor.shape[0] + 8, tensor.shape[1] + 24), wrong, dtype=tensor.dtype)
+        copy = buffer[4 : 4 + tensor.shape[0], 8 : 8 + tensor.shape[1]]
+    else:
+        buffer = torch.full((tensor.numel() + 2 * GUARD,), wrong, dtype=tensor.dtype)
+        copy = buffer[GUARD : GUARD + tensor.numel()].view(tensor.shape)
+    copy.copy_(tensor)
+    fences.append((buffer, copy))
+    return copy
+
+
+def intact(buffer: torch.Tensor, copy: torch.Tensor) -> bool:
+    """Whether everything outside of `copy` still holds the guard's value."""
+    outside = torch.ones_like(buffer, dtype=torch.bool)
+    outside.as_strided(copy.shape, copy.stride(), copy.storage_offset()).fill_(False)
+    left = buffer[outside]
+    if buffer.is_floating_point():
+        return bool(left.isnan().all())
+    return bool((left == WRONG[buffer.dtype]).all())
+
+
+@contextlib.contextmanager
+def fenced_empty(fences: list[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
+    """While active, torch.empty and its kin give tensors from the middle of a guarded buffer."""
+    kept = torch.empty, torch.empty_like, torch.Tensor.new_empty
+
+    def guard(make):
+        def wrapped(*args, **kwargs):
+            tensor = make(*args, **kwargs)
+            if type(tensor) is not torch.Tensor or tensor.dtype not in kinds or tensor.numel() == 0:
+                return tensor
+            wrong = WRONG.get(tensor.dtype, float("nan"))
+            buffer = kept[0](tensor.numel() + 2 * GUARD, dtype=tensor.dtype).fill_(wrong)
+            inner = buffer[GUARD : GUARD + tensor.numel()].view(tensor.shape)
+            fences.append((buffer, inner))
+            return inner
+
+        return wrapped
+
+    kinds = (torch.float32, torch.float16, torch.int32)
+    torch.empty, torch.empty_like, torch.Tensor.new_empty = (guard(make) for make in kept)
+    try:
+        yield
+    finally:
+        torch.empty, torch.empty_like, torch.Tensor.new_empty = kept
+
+
+def all_samples(dtype: torch.dtype = torch.float32):
+    for op in triton_ops():
+        for index, sample in enumerate(op.samples(CPU, dtype, 31)):
+            yield pytest.param(op, index, id=f"{op.name}-{sample.name.replace(' ', '_')}")
+
+
+@inside
+@pytest.mark.parametrize(("op", "index"), list(all_samples()))
+def test_guard_bands(op: Op, index: int):
+    """Nothing outside of a tensor is read into a result or written, and results are those of unguarded tensors."""
+    sample = op.samples(CPU, torch.float32, 31)[index]
+    usual = outputs_of(op, sample.args, lambda *args: op(*args, backend="triton"))
+    fences: list[tuple[torch.Tensor, torch.Tensor]] = []
+    guarded = map_tensors(sample.args, lambda tensor: fence(tensor, fences))
+    with fenced_empty(fences):
+        result = op(*guarded, backend="triton")
+    ours = [] if result is None else list(result)
+    for name, arg in zip(op.argument_names, guarded, strict=True):
+        ours += list(arg) if name in op.mutates else []
+    for place, (mine, other) in enumerate(zip(ours, usual, strict=True)):
+        assert torch.equal(mine.isnan(), other.isnan()), place
+        torch.testing.assert_close(mine.nan_to_num(), other.nan_to_num(), rtol=1e-4, atol=1e-5)
+    for buffer, copy in fences:
+        assert intact(buffer, copy), (buffer.shape, copy.shape)
+
+
+# -- row independence -------------------------------------------------------------------------------------------------
+
+
+def disturb(tensor: object, rows: int, row: int) -> object:
+    """The argument with every row but one changed, NaN included; arguments without rows stay."""
+    if not isinstance(tensor, torch.Tensor) or tensor.dim() == 0 or tensor.shape[0] != rows:
+        return tensor
+    other = tensor.clone()
+    mine = tensor[row].clone()
+    if tensor.dtype == torch.bool:
+        other = ~other
+    elif tensor.is_floating_point():
+        other = torch.full_like(other, float("nan")) if rows % 2 else other * -3.0 + 1.0
+    else:
+        other = torch.where(other > 0, other - 1, other + 1)
+    other[row] = mine
+    return other
+
+
+# outputs with a row for every token
+ROW_OUTPUTS = {
+    "lora_mix": (0, 1),
+    "lora_mix_backward": (0,),
+    "lora_mix_routed": (0, 1, 2, 3, 4, 5, 6),
+    "lora_mix_routed_backward": (0,),
+    "route": (0, 1, 2, 3, 4),
+    "route_backward": (0,),
+}
+
+
+def row_samples():
+    for op in triton_ops():
+        if op.name in ROW_OUTPUTS:
+            for index, sample in enumerate(op.samples(CPU, torch.float32, 32)):
+                if sample.args[0].shape[0] > 1 and "NaN" not in sample.name:
+                    yield pytest.param(op, index, id=f"{op.name}-{sample.name.replace(' ', '_')}")
+
+
+@inside
+@pytest.mark.parametrize(("op", "index"), list(row_samples()))
+def test_rows_are_independent(op: Op, index: int):
+    """Other rows' values, gates and ids do not change a bit of mine."""
+    args = op.samples(CPU, torch.float32, 32)[index].args
+    rows = args[0].shape[0]
+    row = rows // 2
+    names = op.argument_names
+    shared = {"weight", "bias", "lora_a", "lora_b", "router_weight", "router_bias", "seed"}
+    changed = [arg if name in shared else disturb(arg, rows, row) for name, arg in zip(names, args, strict=True)]
+    before, after = op(*args, backend="triton"), op(*changed, backend="triton")
+    for place in ROW_OUTPUTS[op.name]:
+        old, new = before[place][row], after[place][row]
+        assert torch.equal(old, new), place
+
+
+# -- paths that sizes or machines select ------------------------------------------------------------------------------
+
+
+def layer_args(tokens: int, width: int, out: int, ranks: list[int], gates, dtype=torch.float32, dropout: float = 0.0):
+    from mllmcl_kernels.ops.lora_mix.samples import layer
+
+    generator = torch.Generator().manual_seed(tokens + width + out)
+    tensors = {key: value.to(dtype) for key, value in layer(generator, tokens, width, out, sum(ranks)).items()}
+    scaling = [1.0 + 0.5 * expert for expert in range(len(ranks))]
+    seed = torch.tensor([987654321987654321]) if dropout else None
+    return (*tensors.values(), gates, seed, ranks, scaling, [True] * len(ranks), dropout)
+
+
+def backward_args(args: tuple, needs: list[bool]) -> tuple:
+    x, weight, _, lora_a, lora_b, gates, seed, ranks, scaling, trainable, dropout = args
+    _, s = REGISTRY["lora_mix"].reference(*args)
+    dy = torch.randn(x.shape[0], weight.shape[0], generator=torch.Generator().manual_seed(3)).to(x.dtype)
+    return (dy, x, weight, lora_a, lora_b, gates, seed, s, ranks, scaling, trainable, dropout, needs)
+
+
+@inside
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("gates", [None, torch.tensor([[0.7, -1.2, 0.0]]), torch.tensor([2, -1, 0])], ids=str)
+def test_contraction_split_over_programs(gates, dtype):
+    """Few tokens and a long contraction: planes, and their sum in the second kernel."""
+    args = layer_args(3, 2100, 1030, [5, 0, 9], gates, dtype)
+    check(REGISTRY["lora_mix"], args)
+    soft = gates is not None and gates.is_floating_point()
+    check(REGISTRY["lora_mix_backward"], backward_args(args, [True, True, True, True, True, soft]))
+
+
+@inside
+@pytest.mark.parametrize("tokens", [66, 1030])
+def test_tiles_of_every_size(tokens: int):
+    """The tiles of more tokens, in half precision, with ranks over one tile."""
+    generator = torch.Generator().manual_seed(1)
+    gates = torch.randn(tokens, 3, generator=generator)
+    args = layer_args(tokens, 40, 24, [100, 130, 50], gates, torch.float16)
+    check(REGISTRY["lora_mix"], args)
+    check(REGISTRY["lora_mix_backward"], backward_args(args, [True, False, False, True, True, True]))
+
+
+@inside
+@pytest.mark.parametrize("wanted", range(6))
+def test_each_gradient_alone(wanted: int):
+    """Asking for one gradient gives the bits it has among all of them."""
+    op = REGISTRY["lora_mix_backward"]
+    gates = torch.randn(4, 2, generator=torch.Generator().manual_seed(2))
+    args = layer_args(12, 16, 20, [4, 6], gates, dropout=0.3)
+    everything = op(*backward_args(args, [True] * 6), backend="triton")
+    alone = op(*backward_args(args, [place == wanted for place in range(6)]), backend="triton")
+    for place, (mine, other) in enumerate(zip(alone, everything, strict=True)):
+        assert torch.equal(mine, other) if place == wanted else mine.numel() == 0, place
+
+
+@inside
+@pytest.mark.parametrize("capability", [8, 9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("tokens", [5, 70])
+def test_dual_source_product(tokens: int, dtype, capability: int):
+    """The product of two pairs of factors in place of linear and addmm_, ragged in every dimension."""
+    from mllmcl_kernels import triton_tools
+    from mllmcl_kernels.ops.lora_mix import triton as provider
+
+    gates = torch.randn(tokens, 2, generator=torch.Generator().manual_seed(4))
+    args = layer_args(tokens, 150, 70, [3, 8], gates, dtype)
+    with (
+        mock.patch.object(provider, "choose_expand", lambda *_: "dual"),
+        mock.patch.object(triton_tools, "compute_capability", lambda device: capability),
+    ):
+        check(REGISTRY["lora_mix"], args)
+
+
+@inside
+def test_choice_of_the_expand_path():
+    """Arithmetic decides: a narrow layer pays for reading y again, a wide one does not."""
+    from mllmcl_kernels.ops.lora_mix.triton import choose_expand
+
+    assert choose_expand(4096, 512, 128, torch.bfloat16) == "dual"
+    assert choose_expand(4096, 8192, 128, torch.bfloat16) == "addmm"
+    assert choose_expand(4096, 512, 120, torch.bfloat16) == "addmm"
+    assert choose_expand(4096, 512, 128, torch.float32) == "addmm"
+    assert choose_expand(64, 512, 128, torch.bfloat16) == "addmm"
+
+
+@inside
+@pytest.mark.parametrize(("experts", "top_k"), [(130, 130), (1024, 2)])
+def test_more_experts_than_one_product_holds(experts: int, top_k: int):
+    """Logits from torch, choice in the kernel."""
+    generator = torch.Generator().manual_seed(experts)
+    x, weight = torch.randn(5, 24, generator=generator), torch.randn(experts, 24, generator=generator)
+    for score in ("softmax", "sigmoid", "cosine"):
+        check(REGISTRY["route"], (x, weight, None, None, None, top_k, score, 0.7, True, False))
+
+
+@inside
+def test_ties_go_to_the_lowest_expert():
+    """Equal scores, in a dense choice and in the best two."""
+    weight = torch.ones(6, 8)
+    weight[4] = 2.0
+    _, indices, *_ = REGISTRY["route"](
+        torch.ones(3, 8), weight, None, None, None, 4, "softmax", 1.0, False, False, backend="triton"
+    )
+    assert indices.tolist() == [[4, 0, 1, 2]] * 3
+
+
+@inside
+def test_merged_and_separate_routing_agree():
+    """Router and experts in one pass over x against route's kernel, then lora_mix's."""
+    from mllmcl_kernels.ops.lora_mix_routed import triton as provider
+
+    op = REGISTRY["lora_mix_routed"]
+    for sample in op.samples(CPU, torch.float32, 8):
+        with mock.patch.object(provider, "_merges", lambda *_: False):
+            check(op, sample.args)
+    backward = REGISTRY["lora_mix_routed_backward"]
+    for sample in backward.samples(CPU, torch.float32, 8):
+        with mock.patch.object(provider, "_merges", lambda *_: False):
+            check(backward, sample.args)
+
+
+@inside
+def test_ids_out_of_range_select_no_expert(monkeypatch):
+    """On a device nobody looks at ids; with MLLMCL_DEBUG=1 the first wrong one is named."""
+    args = layer_args(6, 8, 5, [2, 2], torch.tensor([0, 7, -9, 1 << 40, -(1 << 40), 1]))
+    base = layer_args(6, 8, 5, [2, 2], torch.tensor([0, -1, -1, -1, -1, 1]))
+    op = REGISTRY["lora_mix"]
+    for mine, other in zip(op(*args, backend="triton"), op(*base, backend="triton"), strict=True):
+        assert torch.equal(mine, other)
+    monkeypatch.setenv("MLLMCL_DEBUG", "1")
+    with pytest.raises(ValueError, match=r"lora_mix: gates must be ids in -1\.\.1, got 7 at position 1"):
+        op(*args, backend="triton")
+
+
+@inside
+def test_numbers_that_live_on_the_device():
+    """step, lr and grad_scale read by the kernel give what they give by value."""
+    from mllmcl_kernels.ops.masked_adamw import triton as provider
+
+    op = REGISTRY["masked_adamw_"]
+    for sample in op.samples(CPU, torch.float32, 9):
+        args = list(sample.args)
+        args[7:10] = [value.to(torch.float32) for value in args[7:10]]
+        there = {"there": [True, True, True], "values": (float("nan"),) * 4}
+
+        def run(*call, there=there):
+            with mock.patch.object(provider, "_numbers", lambda *_: there):
+                op(*call, backend="triton")
+
+        check(op, tuple(args), run)
+
+
+@inside
+def test_frozen_bits_stay():
+    """Masked-out entries keep parameter and moments bit for bit, whatever their gradient holds; many chunks."""
+    op = REGISTRY["masked_adamw_"]
+    generator = torch.Generator().manual_seed(6)
+    tensors = [torch.randn(3, 7001, generator=generator) for _ in range(4)]
+    tensors[3] = tensors[3].abs()
+    keep = torch.rand(3, 7001, generator=generator) < 0.5
+    tensors[1][~keep] = float("nan")
+    before = [tensor.clone() for tensor in tensors]
+    flat = masks.flatten_masks("test", tensors[:1], [masks.Mask.elements(keep)])
+    numbers = [torch.tensor(value, dtype=torch.float64) for value in (3.0, 0.1, 1.0)]
+    op(*([tensor] for tensor in tensors), *flat, *numbers, 0.9, 0.999, 1e-8, 0.1, backend="triton")
+    for place in (0, 2, 3):
+        assert torch.equal(tensors[place][~keep].view(torch.int32), before[place][~keep].view(torch.int32))
+        assert not torch.any(tensors[place][keep] == before[place][keep])
+
+
+@inside
+def test_tuning_keeps_the_fastest_and_only_when_asked(monkeypatch):
+    """The default without tuning; the quickest candidate with it, remembered by bucket of T and not by T."""
+    from mllmcl_kernels import triton_tools as tools
+
+    tiles = (tools.Tile(16, 16, 16, 4, 1), tools.Tile(32, 16, 16, 4, 1))
+    monkeypatch.setattr(tools, "_tuned", {})
+    assert tools.pick_tile(("kernel", tools.bucket(100)), tiles, CPU, print) == tiles[0]
+    monkeypatch.setattr(tools, "_may_time", lambda device: True)
+    seconds = iter((2.0, 1.0))
+    monkeypatch.setattr(tools, "_seconds", lambda run: next(seconds))
+    assert tools.pick_tile(("kernel", tools.bucket(100)), tiles, CPU, print) == tiles[1]
+    assert tools.pick_tile(("kernel", tools.bucket(128)), tiles, CPU, print) == tiles[1]
+    assert [tools.bucket(tokens) for tokens in (0, 1, 2, 3, 128, 129)] == [1, 1, 2, 4, 128, 256]
+
+
+@inside
+@settings(max_examples=10)
+@given(
+    tokens=st.integers(0, 33),
+    width=st.integers(1, 40),
+    out=st.integers(1, 40),
+    ranks=st.lists(st.integers(0, 9), min_size=1, max_size=5).filter(any),
+    kind=st.sampled_from(("none", "constant", "token", "ids")),
+    dropout=st.sampled_from((0.0, 0.3)),
+    dtype=st.sampled_from((torch.float32, torch.float16)),
+)
+def test_any_mix(tokens, width, out, ranks, kind, dropout, dtype):
+    """Forward and backward on drawn sizes, rank lists, gates and dropout."""
+    generator = torch.Generator().manual_seed(tokens * 41 + width)
+    experts = len(ranks)
+    gates = {
+        "none": None,
+        "constant": torch.randn(1, experts, generator=generator),
+        "token": torch.randn(tokens, experts, generator=generator),
+        "ids": torch.randint(-1, experts, (tokens,), generator=generator),
+    }[kind]
+    args = layer_args(tokens, width, out, ranks, gates, dtype, dropout)
+    check(REGISTRY["lora_mix"], args)
+    soft = kind in ("constant", "token")
+    check(REGISTRY["lora_mix_backward"], backward_args(args, [True, True, True, True, True, soft]))
