@@ -128,7 +128,7 @@ def _begin(mllm: MLLM, method: Method, stream: Stream, config: TrainConfig, fold
     _restore_model(run)
     if run.position.stage == "task_start":
         _restore_rng(run)
-    run.event("resume", checkpoint=found.path.name, **asdict(run.position))
+    run.event("resume", from_checkpoint=found.path.name, **asdict(run.position))
     return run
 
 
@@ -259,7 +259,8 @@ def _run_phase(run: Run, task: Task, phase: Phase) -> None:
             progress.advance(loss=run.results["last_loss"])
             if position.step % config.save_steps == 0 and position.step < len(order):
                 _checkpoint(run)
-    records.note_mixing_share(run, [phase.samples[place] for place in order[0][0]])
+    if position.task == len(run.stream.tasks) - 1:
+        records.note_mixing_share(run, [phase.samples[place] for place in order[0][0]])
     run.mllm.eval()
 
 
