@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..files import replace_folder
 
-__all__ = ["Adapter", "export_expert", "export_mixture", "read_adapter", "write_peft_adapter"]
+__all__ = ["Adapter", "export_expert", "export_mixture", "export_run", "read_adapter", "write_peft_adapter"]
 
 _PREFIX = "base_model.model."
 _SUFFIXES = (".lora_A.weight", ".lora_B.weight")
@@ -354,3 +354,25 @@ def _projector(mllm, expert: int | None) -> dict[str, Tensor]:
 def _routers(mllm) -> dict[str, Tensor]:
     layers = mllm.expert_layers.items()
     return {f"{path}.router_weight": layer.router_weight for path, layer in layers if layer.router_weight is not None}
+
+
+def export_run(run: str | os.PathLike, output: str | os.PathLike) -> list[tuple[Path, int]]:
+    """Copy every adapter of a run folder to `output`, each checked before and reopened after: (folder, layers).
+
+    Raises:
+        FileNotFoundError: the run holds no adapters. ValueError: an adapter is damaged.
+    """
+    source, target = Path(run) / "adapters", Path(output)
+    found = sorted(config.parent for config in source.rglob("adapter_config.json"))
+    if not found:
+        raise FileNotFoundError(f"{source} holds no adapters; a run writes them at the end of each task")
+    done = []
+    for folder in found:
+        before = read_adapter(folder)
+        copy = target / folder.relative_to(source)
+        replace_folder(copy, lambda path, folder=folder: shutil.copytree(folder, path, dirs_exist_ok=True))
+        after = read_adapter(copy)
+        if after.layers.keys() != before.layers.keys():
+            raise ValueError(f"{copy}: has other layers than {folder}")
+        done.append((copy, len(after.layers)))
+    return done
