@@ -1,9 +1,9 @@
 """Continual learning of multimodal LLMs.
 
-    mllm = mllmcl.MLLM.compose(vision="efficientnet-lite0", language="smollm2-135m-instruct")
-    method = mllmcl.methods.create("mr_lora", rank=8)
-    stream = mllmcl.streams.load("pocket-domain")
-    report = mllmcl.train(mllm, method, stream, mllmcl.TrainConfig(output_dir="runs/mr_lora"))
+mllm = mllmcl.MLLM.compose(vision="efficientnet-lite0", language="smollm2-135m-instruct")
+method = mllmcl.methods.create("mr_lora", rank=8)
+stream = mllmcl.streams.load("pocket-domain")
+report = mllmcl.train(mllm, method, stream, mllmcl.TrainConfig(output_dir="runs/mr_lora"))
 """
 
 from __future__ import annotations
