@@ -197,7 +197,7 @@ ICONS = {
     "traffic light": (("traffic-light", "traffic-light-outline"), ("traffic-light",)),
     "train": (("train", "train-variant"), ("train", "train-subway")),
 }
-PHOTOS = {"train": ("coffee", "garage", "brick", "cat"), "test": ("rocket", "grass", "gravel")}
+PHOTOS = {"train": ("coffee", "galaxies", "brick", "cat"), "test": ("rocket", "grass", "gravel")}
 FAMILIES = {"train": "material", "test": "fontawesome"}
 
 
