@@ -33,9 +33,9 @@ def load(name_or_folder: str | os.PathLike, root: str | os.PathLike | None = Non
     """A stream by name, or a folder of LLaVA-style JSON.
 
     Args:
-        name_or_folder: see `available`; anything with a path separator, or that is a folder, is read as a folder.
-        root: where the files of a stream lie, for those that need them.
-        options: of the stream, e.g. num_train, num_test, seed.
+        name_or_folder: see `available`; a folder that bears such a name is meant by "./name".
+        root: where a folder lies, if not in the current one.
+        options: of the stream, e.g. num_train, num_test, seed, tasks.
 
     Raises:
         ValueError: no such stream, with near names. TypeError: an option it does not take.
@@ -44,10 +44,11 @@ def load(name_or_folder: str | os.PathLike, root: str | os.PathLike | None = Non
     modules = _modules()
     if name in modules:
         return modules[name].load(**({} if root is None else {"root": root}), **options)
-    if Path(name).is_dir():
+    folder = Path(name) if root is None else Path(root) / name
+    if folder.is_dir():
         from .llava_folder import load_folder
 
-        return load_folder(Path(name), **options)
+        return load_folder(folder, **options)
     near = difflib.get_close_matches(name, modules, n=2)
-    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    hint = f"; did you mean {' or '.join(near)}?" if near else f"; there is no folder {folder}"
     raise ValueError(f"stream must be one of {', '.join(modules)} or a folder, got {name!r}{hint}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -64,36 +65,61 @@ class Stream:
 
     def validate(self) -> None:
         """Raise ValueError with all that is wrong: empty tasks, ids twice, empty answers, images that do not open."""
-        problems: list[str] = []
         names = [task.name for task in self.tasks]
-        problems += [f"task {name} occurs twice" for name in sorted({n for n in names if names.count(n) > 1})]
+        problems = [f"task {name} occurs twice" for name in sorted({n for n in names if names.count(n) > 1})]
+        # features are remembered by id: two samples of one stream must not share it
+        seen: set[str] = set()
+        pictures: dict[Path, str] = {}
         for task in self.tasks:
             for part, samples in (("train", task.train), ("test", task.test)):
                 if not len(samples):
                     problems.append(f"task {task.name} has no {part} samples")
-                seen: set[str] = set()
                 for sample in samples:
-                    problems += _problems(task.name, part, sample, seen)
+                    where = f"{task.name} {part} sample {sample.id!r}{_source(sample)}"
+                    problems += [f"{where} {problem}" for problem in _text_problems(sample, task.name, seen)]
+                    if isinstance(sample.image, (str, os.PathLike)):
+                        pictures.setdefault(Path(sample.image), where)
+        problems += _picture_problems(pictures)
         if problems:
             more = f"; {len(problems) - 10} more" if len(problems) > 10 else ""
             raise ValueError(f"stream {self.name}: {'; '.join(problems[:10])}{more}")
 
 
-def _problems(task: str, part: str, sample: Sample, seen: set[str]) -> list[str]:
-    where = f"{task} {part} sample {sample.id!r}"
-    found = [f"{where} occurs twice"] if sample.id in seen else []
+def _source(sample: Sample) -> str:
+    source = sample.metadata.get("source")
+    return f" ({source})" if source else ""
+
+
+def _text_problems(sample: Sample, task: str, seen: set[str]) -> list[str]:
+    found = ["occurs twice"] if sample.id in seen else []
     seen.add(sample.id)
+    if sample.task != task:
+        found.append(f"is of task {sample.task!r}")
     if not sample.question.strip():
-        found.append(f"{where} has no question")
+        found.append("has no question")
     if not sample.answer.strip():
-        found.append(f"{where} has no answer")
-    if isinstance(sample.image, (str, os.PathLike)):
-        if not Path(sample.image).is_file():
-            return [*found, f"{where}: no file {sample.image}"]
-        try:
-            picture = sample.load_image()
-        except OSError as error:
-            return [*found, f"{where}: {sample.image} is no readable image ({error})"]
-        if 0 in picture.size:
-            found.append(f"{where}: {sample.image} has no pixels")
+        found.append("has no answer")
     return found
+
+
+def _picture_problems(pictures: dict[Path, str]) -> list[str]:
+    """Decode every file once, several at a time; `pictures` says who needs it first."""
+    with ThreadPoolExecutor() as pool:
+        results = pool.map(_picture_problem, pictures)
+        return [f"{where}: {problem}" for where, problem in zip(pictures.values(), results, strict=True) if problem]
+
+
+def _picture_problem(path: Path) -> str | None:
+    from PIL import Image
+
+    if not path.is_file():
+        return f"no file {path}"
+    try:
+        with Image.open(path) as picture:
+            # all of a JPEG is read, but only an eighth of its pixels computed
+            picture.draft("RGB", (picture.width // 8, picture.height // 8))
+            picture.load()
+    # PIL raises all of these for files that it cannot make sense of
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        return f"{path} is no readable image ({error})"
+    return None

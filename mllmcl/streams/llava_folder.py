@@ -1,0 +1,225 @@
+"""A folder of LLaVA-style JSON as a stream.
+
+A task is a pair of JSON arrays, in one of these places:
+
+    folder/stream.json                          {"name", "note", "tasks": [{"name", "description", "train", "test",
+                                                 "image_folder", "scorer"}]}: says the order and where things lie
+    folder/<task>/train.json, test.json         one sub-folder for each task, in the order of their names
+    folder/<task>_train.json, <task>_test.json  one pair of files for each task, in the order of their names
+
+An entry of either array has one of the two forms
+
+    {"id" | "question_id", "image", "conversations": [{"from": "human", "value"}, {"from": "gpt", "value"}]}
+    {"id" | "question_id", "image", "text", "answer"}
+
+with "image" relative to the image folder, which is the task's folder unless `stream.json` says otherwise; without
+"image" it is a question on text alone. An answer may be a list of accepted ones. Other fields go into the metadata.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..seeds import derive_seed
+from .base import Sample, Stream, Task
+
+__all__ = ["load_folder"]
+
+STREAM_FILE = "stream.json"
+IMAGE_TOKEN = "<image>"
+STREAM_KEYS = ("name", "note", "tasks")
+TASK_KEYS = ("name", "description", "train", "test", "image_folder", "scorer")
+
+
+def load_folder(
+    folder: Path,
+    *,
+    num_train: int | None = None,
+    num_test: int | None = None,
+    seed: int = 0,
+    tasks: Sequence[str] | None = None,
+) -> Stream:
+    """The stream in a folder; see the top of this file for how it is laid out.
+
+    Whether pictures open and answers are there is for `Stream.validate` to find.
+
+    Args:
+        num_train, num_test: at most so many samples of each task, drawn by `seed`, in the order of the file.
+        tasks: only these, in this order.
+
+    Raises:
+        ValueError: what does not fit, by file, index and field.
+    """
+    for option, value in (("num_train", num_train), ("num_test", num_test)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"{option} must be None or an integer of at least 1, got {value!r}")
+    described = folder / STREAM_FILE
+    settings = _settings(described) if described.exists() else {"tasks": _found_tasks(folder)}
+    by_name = {entry["name"]: entry for entry in settings["tasks"]}
+    chosen = list(by_name) if tasks is None else list(tasks)
+    if strangers := [name for name in chosen if name not in by_name]:
+        raise ValueError(f"tasks must be among {', '.join(by_name)}, got {', '.join(strangers)}")
+    counts = {"train": num_train, "test": num_test}
+    return Stream(
+        name=settings.get("name", folder.resolve().name),
+        tasks=tuple(_task(folder, by_name[name], counts, seed) for name in chosen),
+        note=settings.get("note", f"read from {folder}"),
+    )
+
+
+def _found_tasks(folder: Path) -> list[dict]:
+    """Tasks by the names of files and sub-folders."""
+    found = []
+    for inner in sorted(path for path in folder.iterdir() if path.is_dir()):
+        if (inner / "train.json").exists() or (inner / "test.json").exists():
+            files = {part: f"{inner.name}/{part}.json" for part in ("train", "test")}
+            found.append({"name": inner.name, "image_folder": inner.name, **files})
+    names = {
+        path.name.removesuffix(f"_{part}.json") for part in ("train", "test") for path in folder.glob(f"?*_{part}.json")
+    }
+    found += [{"name": name, **{part: f"{name}_{part}.json" for part in ("train", "test")}} for name in sorted(names)]
+    if not found:
+        raise ValueError(
+            f"{folder} is no stream: expected {STREAM_FILE}, or sub-folders with train.json and test.json, or pairs "
+            "<task>_train.json and <task>_test.json"
+        )
+    return found
+
+
+def _settings(path: Path) -> dict:
+    settings = _json(path)
+    _check_keys(settings, STREAM_KEYS, str(path))
+    entries = settings.get("tasks")
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f"{path}: tasks must be a list of at least one task, got {entries!r}")
+    for index, entry in enumerate(entries):
+        where = f"{path}: tasks[{index}]"
+        _check_keys(entry, TASK_KEYS, where)
+        for key in ("name", "train", "test"):
+            if key not in entry:
+                raise ValueError(f"{where}.{key} is missing")
+        for key, value in entry.items():
+            if not isinstance(value, str) or not value:
+                raise ValueError(f"{where}.{key} must be a string that is not empty, got {value!r}")
+    names = [entry["name"] for entry in entries]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{path}: tasks must have different names, got {', '.join(twice)} twice")
+    for key in ("name", "note"):
+        if not isinstance(settings.get(key, ""), str):
+            raise ValueError(f"{path}: {key} must be a string, got {settings[key]!r}")
+    return settings
+
+
+def _check_keys(value: object, known: Sequence[str], where: str) -> None:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} must be an object, got {type(value).__name__}")
+    for key in value:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; it knows {', '.join(known)}"
+            raise ValueError(f"{where} has an unknown field {key!r}{hint}")
+
+
+def _json(path: Path) -> object:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: there is no such file") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON ({error})") from error
+
+
+def _task(folder: Path, entry: dict, counts: dict[str, int | None], seed: int) -> Task:
+    name = entry["name"]
+    images = folder / entry.get("image_folder", ".")
+    parts = {
+        part: _subset(_samples(folder / entry[part], name, part, images), count, derive_seed(seed, name, part))
+        for part, count in counts.items()
+    }
+    description = entry.get("description", f"Questions of {name.replace('_', ' ')}.")
+    return Task(name=name, description=description, scorer=entry.get("scorer", "exact_match"), **parts)
+
+
+def _subset(samples: list[Sample], count: int | None, seed: int) -> list[Sample]:
+    if count is None or count >= len(samples):
+        return samples
+    places = np.random.default_rng(seed).choice(len(samples), count, replace=False)
+    return [samples[place] for place in sorted(places)]
+
+
+def _samples(path: Path, task: str, part: str, images: Path) -> list[Sample]:
+    entries = _json(path)
+    if not isinstance(entries, list):
+        raise ValueError(f"{path} must hold a JSON array, got {type(entries).__name__}")
+    return [_sample(entry, f"{path}[{index}]", task, part, images) for index, entry in enumerate(entries)]
+
+
+def _sample(entry: object, where: str, task: str, part: str, images: Path) -> Sample:
+    if not isinstance(entry, dict):
+        raise ValueError(f"{where} must be an object, got {type(entry).__name__}")
+    key = "question_id" if "question_id" in entry else "id"
+    image = _field(entry, "image", where, str) if entry.get("image") is not None else None
+    if "conversations" in entry:
+        question, answer = _turns(entry["conversations"], where)
+        used = {key, "image", "conversations"}
+    else:
+        question, answer = _field(entry, "text", where, str), _answer(entry, where)
+        used = {key, "image", "text", "answer"}
+    return Sample(
+        # the same number may name another question in another file
+        id=f"{task}/{part}/{_field(entry, key, where, (str, int))}",
+        task=task,
+        question=_without_image_token(question, where, image is not None),
+        answer=answer,
+        image=None if image is None else images / image,
+        metadata={**{name: value for name, value in entry.items() if name not in used}, "source": where},
+    )
+
+
+def _field(entry: dict, key: str, where: str, kind: type | tuple[type, ...]):
+    if key not in entry:
+        raise ValueError(f"{where}.{key} is missing; there is {', '.join(entry) or 'nothing'}")
+    value = entry[key]
+    if not isinstance(value, kind) or isinstance(value, bool):
+        kinds = " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
+        raise ValueError(f"{where}.{key} must be {kinds}, got {value!r}")
+    return value
+
+
+def _answer(entry: dict, where: str) -> str:
+    value = _field(entry, "answer", where, (str, int, float, list))
+    if isinstance(value, list):
+        if not all(isinstance(one, str) for one in value):
+            raise ValueError(f"{where}.answer must be a list of str, got {value!r}")
+        # as the scorers with several accepted answers read them
+        return "|".join(value)
+    return str(value)
+
+
+def _turns(turns: object, where: str) -> tuple[str, str]:
+    where = f"{where}.conversations"
+    if not isinstance(turns, list) or len(turns) != 2:
+        many = f"{len(turns)} turns" if isinstance(turns, list) else type(turns).__name__
+        raise ValueError(f"{where} must be one human and one gpt turn, got {many}")
+    texts = []
+    for index, (turn, speaker) in enumerate(zip(turns, ("human", "gpt"), strict=True)):
+        here = f"{where}[{index}]"
+        if not isinstance(turn, dict):
+            raise ValueError(f"{here} must be an object, got {type(turn).__name__}")
+        if _field(turn, "from", here, str) != speaker:
+            raise ValueError(f"{here}.from must be {speaker!r}, got {turn['from']!r}")
+        texts.append(_field(turn, "value", here, str))
+    return texts[0], texts[1]
+
+
+def _without_image_token(question: str, where: str, has_image: bool) -> str:
+    count = question.count(IMAGE_TOKEN)
+    if count > 1 or (count and not has_image):
+        images = "one image" if has_image else "no image"
+        raise ValueError(f"{where}: the question holds {IMAGE_TOKEN} {count} times, but there is {images}")
+    return question.replace(IMAGE_TOKEN, "").strip()
