@@ -62,7 +62,7 @@ TILES = RoutedTiles(
         small=(Tile(16, 0, 64, 4, 4), Tile(16, 0, 64, 4, 3)),
         medium=(Tile(16, 0, 64, 4, 4), Tile(32, 0, 64, 4, 3)),
         large=(Tile(32, 0, 64, 4, 3), Tile(64, 0, 64, 8, 3), Tile(16, 0, 64, 4, 4)),
-        float32=(Tile(16, 0, 32, 8, 2),),
+        float32=(Tile(32, 0, 32, 8, 2),),
     )
 )
 
