@@ -151,6 +151,76 @@ def test_guard_bands(op: Op, index: int):
         assert intact(buffer, copy), (buffer.shape, copy.shape)
 
 
+@contextlib.contextmanager
+def watched_addresses(args: tuple) -> Iterator[list[str]]:
+    """Collects every access of a kernel that lies in none of its tensors, nor in `args`, which tables may point to."""
+    import numpy as np
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    from mllmcl_kernels import triton_tools
+
+    strays: list[str] = []
+    ranges: list[tuple[int, int]] = []
+    start, load, store = (
+        triton_tools.start,
+        InterpreterBuilder.create_masked_load,
+        InterpreterBuilder.create_masked_store,
+    )
+
+    def span(tensor: torch.Tensor) -> tuple[int, int]:
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        return tensor.data_ptr(), tensor.data_ptr() + (last + 1 if tensor.numel() else 0) * tensor.element_size()
+
+    def starting(kernel, grid, call, *rest):
+        ranges[:] = [span(arg) for arg in call if isinstance(arg, torch.Tensor)]
+        map_tensors(args, lambda tensor: ranges.append(span(tensor)))
+        start(kernel, grid, call, *rest)
+
+    def look(pointers, mask) -> None:
+        size = pointers.get_element_ty().primitive_bitwidth // 8 or 1
+        first = pointers.data[np.broadcast_to(mask.data, pointers.data.shape).astype(bool)].astype(np.uint64)
+        known = np.zeros(first.shape, dtype=bool)
+        for low, high in ranges:
+            known |= (first >= low) & (first + np.uint64(size) <= high)
+        if not known.all():
+            strays.append(f"{int((~known).sum())} of {first.size} elements of {size} bytes")
+
+    def loading(self, pointers, mask, *rest):
+        look(pointers, mask)
+        return load(self, pointers, mask, *rest)
+
+    def storing(self, pointers, value, mask, *rest):
+        look(pointers, mask)
+        return store(self, pointers, value, mask, *rest)
+
+    with (
+        mock.patch.object(triton_tools, "start", starting),
+        mock.patch.object(InterpreterBuilder, "create_masked_load", loading),
+        mock.patch.object(InterpreterBuilder, "create_masked_store", storing),
+    ):
+        yield strays
+
+
+@inside
+@pytest.mark.parametrize(("op", "index"), list(all_samples()))
+def test_every_address_lies_in_a_tensor(op: Op, index: int):
+    """No element that a mask lets through lies outside of the tensors of the call, whether it matters or not."""
+    args = op.samples(CPU, torch.float32, 33)[index].args
+    with watched_addresses(args) as strays:
+        op(*args, backend="triton")
+    assert not strays
+
+
+@inside
+def test_every_address_of_ids_out_of_range_lies_in_a_tensor():
+    """A wrong id is compared and never turned into an address."""
+    args = layer_args(6, 8, 5, [2, 2], torch.tensor([0, 7, -9, 1 << 40, -(1 << 40), 1]))
+    with watched_addresses(args) as strays:
+        REGISTRY["lora_mix"](*args, backend="triton")
+        REGISTRY["lora_mix_backward"](*backward_args(args, [True] * 5 + [False]), backend="triton")
+    assert not strays
+
+
 # -- row independence -------------------------------------------------------------------------------------------------
 
 
