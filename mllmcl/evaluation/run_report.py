@@ -82,20 +82,27 @@ class Report:
 
     @staticmethod
     def compare(reports: Sequence[Report]) -> str:
-        """A plain-text table of several runs in percent, one line each, the headline numbers as columns.
+        """A plain-text table of several runs, one column each: the last score of every task, then the headline numbers.
+
+        Scores are in percent. A task that a run does not have, or a number it has not measured, is "-".
 
         Raises:
             ValueError: no report.
         """
         if not reports:
             raise ValueError("reports: expected at least one")
-        rows = [("method", "stream", "seed", "last", "average", "just trained", "BWT (T-1)", "forgetting")]
-        for report in reports:
-            metrics, matrix = report.metrics, report.matrix
-            bwt, falls = metrics.get("bwt") or {}, metrics.get("forgetting") or {}
-            numbers = *map(metrics.get, ("last", "average", "finetune")), bwt.get("T-1"), falls.get("mean")
-            rows.append((matrix.method or "-", matrix.stream or "-", str(matrix.seed), *map(_percent, numbers)))
-        return "\n".join(_table(rows))
+        tasks = list(dict.fromkeys(name for report in reports for name in report.matrix.tasks))
+        rows = [("after the last task", *(report.matrix.method or "-" for report in reports))]
+        rows += [(name, *(_percent(report._last(name)) for report in reports)) for name in tasks]
+        facts = [report._facts() for report in reports]
+        rows += [(lines[0][0], *(text for _, text in lines)) for lines in zip(*facts, strict=True)]
+        lines = _table(rows)
+        # a rule between the tasks and the numbers over them
+        return "\n".join([*lines[: 2 + len(tasks)], lines[1], *lines[2 + len(tasks) :]])
+
+    def _last(self, task: str) -> float | None:
+        matrix = self.matrix
+        return matrix.score(matrix.num_learned - 1, task) if task in matrix.tasks and matrix.num_learned else None
 
     def _facts(self) -> list[tuple[str, str]]:
         metrics = self.metrics

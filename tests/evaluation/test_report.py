@@ -332,12 +332,16 @@ def test_table_of_a_run():
 
 
 def test_comparison_table(runs):
-    text = Report.compare([Report.load(folder) for folder in runs])
-    lines = text.splitlines()
-    assert lines[0].split()[:3] == ["method", "stream", "seed"]
-    assert [line.split()[0] for line in lines[2:]] == ["made_up_router", "made_up_finetune"]
-    assert f"{100 * Report.load(runs[1]).metrics['last']:.1f}" in lines[3]
-    with pytest.raises(ValueError, match="at least one"):
+    reports = [Report.load(folder) for folder in runs]
+    lines = Report.compare(reports).splitlines()
+    assert lines[0].split()[-len(runs) :] == [report.matrix.method for report in reports]
+    rows = {line.rsplit(maxsplit=len(runs))[0]: line.split()[-len(runs) :] for line in lines if line[0] != "-"}
+    for name in reports[0].matrix.tasks:
+        last = [report.matrix.score(report.matrix.num_learned - 1, name) for report in reports]
+        assert rows[name] == [f"{100 * score:.1f}" for score in last]
+    assert rows["average (MAA)"] == [f"{100 * report.metrics['average']:.1f}" for report in reports]
+    assert "router accuracy" in rows and "seconds per step" in rows and "share of the step in expert mixing" in rows
+    with pytest.raises(ValueError, match="reports: expected at least one"):
         Report.compare([])
 
 
