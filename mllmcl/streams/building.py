@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import itertools
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import PIL
 
 from ..assets import ASSETS, cache_dir
 from ..files import atomic_write
@@ -21,7 +23,6 @@ from .base import Sample, Stream, Task
 __all__ = ["Item", "Recipe", "build_stream", "pick_balanced"]
 
 log = logging.getLogger(__name__)
-FORMAT = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,29 +44,30 @@ class Recipe:
     make: Callable[[str, int, int, np.random.Generator], Iterator[Item]]
 
 
-def pick_balanced(pools: dict[str, Sequence], count: int, random: np.random.Generator) -> list[tuple[str, object]]:
+def pick_balanced(
+    pools: dict[str, Sequence], count: int, random: np.random.Generator, repeat: bool = False
+) -> list[tuple[str, object]]:
     """`count` (label, candidate) pairs, labels in equal numbers and in random order.
 
-    A candidate is taken a second time only when its pool has been used up.
+    Args:
+        pools: label -> candidates.
+        repeat: whether candidates may be taken again when a pool is used up; for those that are drawn differently each
+            time.
 
     Raises:
-        ValueError: a pool is empty.
+        ValueError: a pool has too few candidates.
     """
-    empty = [label for label, pool in pools.items() if not len(pool)]
-    if empty:
-        raise ValueError(f"no candidate for {', '.join(empty)}")
-    labels = [label for _, label in zip(range(count), _cycle(list(pools)), strict=False)]
-    orders = {label: _cycle_shuffled(len(pool), random) for label, pool in pools.items()}
+    labels = [label for label, _ in zip(itertools.cycle(pools), range(count), strict=False)]
+    for label, pool in pools.items():
+        wanted = labels.count(label)
+        if wanted > len(pool) and not (repeat and len(pool)):
+            raise ValueError(f"{wanted} different items with the answer {label!r} are asked for, there are {len(pool)}")
+    orders = {label: _shuffled(len(pool), random) for label, pool in pools.items()}
     random.shuffle(labels)
     return [(label, pools[label][next(orders[label])]) for label in labels]
 
 
-def _cycle(values: list) -> Iterator:
-    while True:
-        yield from values
-
-
-def _cycle_shuffled(count: int, random: np.random.Generator) -> Iterator[int]:
+def _shuffled(count: int, random: np.random.Generator) -> Iterator[int]:
     while True:
         yield from (int(place) for place in random.permutation(count))
 
@@ -110,7 +112,8 @@ def _code_digest(module: ModuleType) -> str:
 
     sources = [inspect.getsource(part) for part in (inspect.getmodule(_code_digest), drawing, module)]
     facts = {key: value.sha256 for key, value in ASSETS.items()}
-    return hashlib.sha256(json.dumps([FORMAT, sources, facts, np.__version__]).encode()).hexdigest()
+    versions = [np.__version__, PIL.__version__]
+    return hashlib.sha256(json.dumps([sources, facts, versions]).encode()).hexdigest()
 
 
 def _part(stream: str, recipe: Recipe, part: str, count: int, seed: int, size: int, code: str) -> list[Sample]:
@@ -119,7 +122,10 @@ def _part(stream: str, recipe: Recipe, part: str, count: int, seed: int, size: i
     found = _read(path)
     if found is None:
         random = np.random.default_rng(derive_seed(seed, stream, recipe.name, part))
-        items = list(recipe.make(part, count, size, random))
+        try:
+            items = list(recipe.make(part, count, size, random))
+        except ValueError as error:
+            raise ValueError(f"{stream}, task {recipe.name}, {part}: {error}") from error
         assert len(items) == count, (recipe.name, part, len(items))
         _write(path, items)
         found = _read(path)

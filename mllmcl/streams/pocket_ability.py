@@ -1,0 +1,216 @@
+"""pocket-ability: four small tasks from data that travels in packages, one ability each."""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from ..assets import asset
+from .base import Stream
+from .building import Item, Recipe, build_stream, pick_balanced
+from .drawing import icon_mask
+
+SUMMARY = "four abilities: OCR, math, counting, GUI (built in, minutes on a CPU)"
+NOTE = (
+    "Small tasks made from real data in packages; not the MLLM-CL benchmark, and no score here compares with published "
+    "ones. OCR and math: the 1,797 handwritten digits of the UCI Optical Recognition data as scikit-learn (BSD-3) "
+    "carries them, real records. Counting: crops of one real fluorescence micrograph with labelled nuclei (stardist, "
+    "BSD-3). GUI: buttons composed for this stream from Material Design (Apache-2.0) and Font Awesome (OFL) icons, the "
+    "latter held out for the test."
+)
+
+# -- OCR and math: handwritten digits; split by image
+
+NUM_TEST_DIGITS = 360  # the last ones
+MARGIN = 2  # smallest difference of the two digits to compare
+
+
+@functools.cache
+def digits() -> tuple[np.ndarray, np.ndarray]:
+    """Pictures uint8 `[1797, 8, 8]` with ink 255, and labels `[1797]`."""
+    rows = np.loadtxt(gzip.decompress(asset("digits").read_bytes()).decode().splitlines(), delimiter=",")
+    return (rows[:, :64].reshape(-1, 8, 8) * 255 / 16).astype(np.uint8), rows[:, 64].astype(int)
+
+
+def digit_pools(part: str) -> dict[int, np.ndarray]:
+    """digit -> places of its pictures among those of a part."""
+    labels = digits()[1]
+    border = len(labels) - NUM_TEST_DIGITS
+    places = np.arange(border) if part == "train" else np.arange(border, len(labels))
+    return {digit: places[labels[places] == digit] for digit in range(10)}
+
+
+def _write(
+    picture: Image.Image, place: int, box: tuple[float, float, float, float], random: np.random.Generator
+) -> None:
+    """Draw a digit as large as the box allows, up to a jitter; in white ink if the paper is dark."""
+    left, top, right, bottom = box
+    side = round(min(right - left, bottom - top) * random.uniform(0.8, 1.0))
+    mask = Image.fromarray(digits()[0][place]).resize((side, side), Image.BICUBIC)
+    column = round(random.uniform(left, right - side))
+    row = round(random.uniform(top, bottom - side))
+    ink = 255 - picture.getpixel((0, 0))[0]
+    picture.paste((ink, ink, ink), (column, row), mask)
+
+
+def _paper(size: int, random: np.random.Generator) -> Image.Image:
+    shade = int(random.integers(0, 50))
+    shade = 255 - shade if random.random() < 0.5 else shade
+    return Image.new("RGB", (size, size), (shade, shade, shade))
+
+
+def ocr(part: str, count: int, size: int, random: np.random.Generator) -> Iterator[Item]:
+    pools = {str(digit): places for digit, places in digit_pools(part).items()}
+    for answer, place in pick_balanced(pools, count, random):
+        picture = _paper(size, random)
+        _write(picture, int(place), (0, 0, size, size), random)
+        question = "Which digit is written here?"
+        yield Item(image=np.asarray(picture), question=question, answer=answer, metadata={"digits": [int(place)]})
+
+
+def math(part: str, count: int, size: int, random: np.random.Generator) -> Iterator[Item]:
+    places = digit_pools(part)
+    pairs = [(one, other) for one in range(10) for other in range(10)]
+    pools = {
+        "left": [pair for pair in pairs if pair[0] - pair[1] >= MARGIN],
+        "right": [pair for pair in pairs if pair[1] - pair[0] >= MARGIN],
+    }
+    for answer, pair in pick_balanced(pools, count, random, repeat=True):
+        picture = _paper(size, random)
+        chosen = [int(random.choice(places[digit])) for digit in pair]
+        for column, place in enumerate(chosen):
+            _write(picture, place, (column * size / 2, size / 4, (column + 1) * size / 2, size * 3 / 4), random)
+        question = "Which of the two numbers is larger, the left or the right one?"
+        yield Item(image=np.asarray(picture), question=question, answer=answer, metadata={"digits": chosen})
+
+
+# -- counting: nuclei in a crop; split by rows of the micrograph
+
+ROWS = {"train": (0, 341), "test": (345, 512)}
+CROP, STEP = 96, 3  # pixels
+COUNTS = {"few": range(0, 4), "some": range(4, 6), "many": range(6, 100)}
+
+
+@functools.cache
+def micrograph() -> tuple[np.ndarray, np.ndarray]:
+    """Brightness uint8 `[512, 512]`, dark nuclei lifted, and the number of the nucleus of each pixel."""
+    with Image.open(asset("nuclei-image")) as picture:
+        raw = np.asarray(picture).astype(np.float64)
+    with Image.open(asset("nuclei-mask")) as picture:
+        mask = np.asarray(picture).astype(np.int64)
+    low, high = np.percentile(raw, (1, 99))
+    return (np.clip((raw - low) / (high - low), 0, 1) ** 0.5 * 255).astype(np.uint8), mask
+
+
+def count_nuclei(row: int, column: int) -> int | None:
+    """Nuclei of the crop with this corner, at least 60 % in it; None if one is neither in nor out (15 to 60 %)."""
+    mask = micrograph()[1]
+    inside = np.bincount(mask[row : row + CROP, column : column + CROP].ravel(), minlength=mask.max() + 1)
+    share = inside[1:] / np.maximum(_areas()[1:], 1)
+    if ((share > 0.15) & (share < 0.6)).any():
+        return None
+    return int((share >= 0.6).sum())
+
+
+@functools.cache
+def _areas() -> np.ndarray:
+    return np.bincount(micrograph()[1].ravel())
+
+
+def counting(part: str, count: int, size: int, random: np.random.Generator) -> Iterator[Item]:
+    first, last = ROWS[part]
+    pools: dict[str, list[tuple[int, int, int]]] = {name: [] for name in COUNTS}
+    for row in range(first, last - CROP + 1, STEP):
+        for column in range(0, micrograph()[0].shape[1] - CROP + 1, STEP):
+            number = count_nuclei(row, column)
+            for name, numbers in COUNTS.items():
+                if number in numbers:
+                    pools[name].append((row, column, number))
+    for answer, (row, column, number) in pick_balanced(pools, count, random, repeat=True):
+        crop = micrograph()[0][row : row + CROP, column : column + CROP]
+        turns, is_flipped = int(random.integers(4)), bool(random.random() < 0.5)
+        crop = np.rot90(crop, turns)
+        crop = np.clip((crop[:, ::-1] if is_flipped else crop) * random.uniform(0.8, 1.2), 0, 255).astype(np.uint8)
+        picture = Image.fromarray(np.ascontiguousarray(crop)).resize((size, size), Image.BILINEAR).convert("RGB")
+        yield Item(
+            image=np.asarray(picture),
+            question="How many cell nuclei are here, few (up to 3), some (4 or 5) or many (6 or more)?",
+            answer=answer,
+            metadata={"row": row, "column": column, "side": CROP, "number": number, "turns": turns, "flip": is_flipped},
+        )
+
+
+# -- GUI: what a button does; split by icon family
+
+ACTIONS = {
+    "print": (("printer", "printer-outline", "printer-pos"), ("print",)),
+    "save": (("content-save", "content-save-outline", "floppy"), ("floppy-disk",)),
+    "search": (("magnify", "magnify-expand", "text-search"), ("magnifying-glass",)),
+    "delete": (("delete", "trash-can", "delete-outline", "trash-can-outline"), ("trash", "trash-can")),
+    "lock": (("lock", "lock-outline"), ("lock",)),
+    "call": (("phone", "phone-outline", "phone-classic"), ("phone", "phone-flip")),
+    "mail": (("email", "email-outline", "email-variant"), ("envelope", "envelope-open")),
+    "configure": (("cog", "cog-outline"), ("gear",)),
+}
+FAMILIES = {"train": "material", "test": "fontawesome"}
+
+
+def gui(part: str, count: int, size: int, random: np.random.Generator) -> Iterator[Item]:
+    family = FAMILIES[part]
+    pools = {name: designs[part == "test"] for name, designs in ACTIONS.items()}
+    for answer, icon in pick_balanced(pools, count, random, repeat=True):
+        yield Item(
+            image=_button(family, icon, size, random),
+            question="What does this button do?",
+            answer=answer,
+            metadata={"family": family, "icon": icon},
+        )
+
+
+def _button(family: str, icon: str, size: int, random: np.random.Generator) -> np.ndarray:
+    """A button with rounded corners in a light or dark theme, uint8 `[size, size, 3]`."""
+    is_dark = random.random() < 0.5
+    paper, face, ink = ((18, 70), (60, 120), (215, 256)) if is_dark else ((215, 256), (170, 230), (0, 70))
+    paper, face, ink = (tuple(int(value) for value in random.integers(*bounds, 3)) for bounds in (paper, face, ink))
+    picture = Image.new("RGB", (size, size), paper)
+    side = size * random.uniform(0.7, 0.92)
+    left, top = (random.uniform(0, size - side) for _ in range(2))
+    ImageDraw.Draw(picture).rounded_rectangle((left, top, left + side, top + side), radius=side * 0.16, fill=face)
+    mask = icon_mask(family, icon, round(side * random.uniform(0.6, 0.78)))
+    corner = round(left + (side - mask.width) / 2), round(top + (side - mask.height) / 2)
+    picture.paste(ink, corner, mask)
+    return np.asarray(picture)
+
+
+RECIPES = (
+    Recipe(name="ocr", description="Reading handwritten digits.", make=ocr),
+    Recipe(name="math", description="Comparing two handwritten numbers by their size.", make=math),
+    Recipe(name="counting", description="Counting cell nuclei in microscope pictures.", make=counting),
+    Recipe(name="gui", description="Buttons of graphical user interfaces and what they do.", make=gui),
+)
+
+
+def load(
+    *,
+    num_train: int = 384,
+    num_test: int = 96,
+    seed: int = 0,
+    image_size: int = 112,
+    tasks: list[str] | None = None,
+) -> Stream:
+    """The stream.
+
+    Args:
+        num_train, num_test: items of each task, answers in equal numbers.
+        seed: of which items, and of their jitter. image_size: pixels of a side.
+        tasks: only these, in this order.
+    """
+    return build_stream(
+        sys.modules[__name__], "pocket-ability", RECIPES, NOTE,
+        num_train=num_train, num_test=num_test, seed=seed, image_size=image_size, tasks=tasks,
+    )  # fmt: skip
