@@ -95,7 +95,8 @@ def lora_mix_backward_reference(
     factor = rank_gates(gates, ranks, scaling, tokens, x)
     u_TR = F.linear(dy, lora_b.t())
     ds_TR = (u_TR * factor).to(x.dtype)
-    trains_R = torch.tensor([trainable[expert] for expert in expert_of_rank(ranks)], device=x.device)
+    trains = [trainable[expert] for expert in expert_of_rank(ranks)]
+    trains_R = torch.tensor(trains, dtype=torch.bool, device=x.device)
     empty = x.new_empty(0)
     dx = dweight = dbias = da = db = dgates = empty
     if needs_x:
