@@ -8,6 +8,7 @@ import gzip
 import io
 import sys
 from collections.abc import Iterator
+from datetime import datetime
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -144,8 +145,8 @@ def tissue_points() -> dict[str, np.ndarray]:
 
 
 def _square(plane: np.ndarray) -> tuple[np.ndarray, int, int]:
-    """The slice in the middle of a black square, and its first row and column there."""
-    side = max(plane.shape)
+    """The slice in the middle of a black square, as large for every plane, and its first row and column there."""
+    side = max(volume("t1").shape)
     top, left = (side - plane.shape[0]) // 2, (side - plane.shape[1]) // 2
     square = np.zeros((side, side), np.uint8)
     square[top : top + plane.shape[0], left : left + plane.shape[1]] = plane
@@ -248,10 +249,10 @@ THIRDS = ("start", "middle", "end")
 
 @functools.cache
 def weather() -> tuple[list[str], np.ndarray]:
-    """Dates, and daily high in degrees C and rain in mm `[days, 2]`."""
+    """Dates in ISO form, and daily high in degrees C and rain in mm `[days, 2]`."""
     rows = list(csv.DictReader(io.StringIO(asset("seattle-weather").read_text())))
     numbers = np.array([[float(row["temp_max"]), float(row["precipitation"])] for row in rows])
-    return [row["date"] for row in rows], numbers
+    return [row["date"].replace("/", "-") for row in rows], numbers
 
 
 def _windows(total: int, split: float, days: int, part: str) -> range:
@@ -314,10 +315,10 @@ INDICES = ("sp500", "nasdaq")
 
 @functools.cache
 def prices(index: str) -> tuple[list[str], np.ndarray]:
-    """Dates, and open, high, low, close `[days, 4]`."""
+    """Dates in ISO form, and open, high, low, close `[days, 4]`."""
     rows = list(csv.DictReader(io.StringIO(gzip.decompress(asset(index).read_bytes()).decode())))
     numbers = np.array([[float(row[name]) for name in ("Open", "High", "Low", "Close")] for row in rows])
-    return [row["Date"] for row in rows], numbers
+    return [datetime.strptime(row["Date"], "%m/%d/%Y").date().isoformat() for row in rows], numbers
 
 
 def price_answers(window: np.ndarray) -> tuple[str | None, str | None]:
