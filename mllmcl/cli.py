@@ -283,6 +283,8 @@ def main(arguments: list[str] | None = None) -> int:
         hint = f"; did you mean {near[0]}?" if near else ""
         print(f"mllmcl: no command {arguments[0]!r}{hint}\n\n{usage()}", file=sys.stderr)
         return USAGE
+    # a thread that waits for another gives its core away; spinning makes a step ten times longer on a busy machine
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     signal.signal(signal.SIGTERM, _on_terminate)
     try:
         return COMMANDS[arguments[0]][0](arguments[1:])
