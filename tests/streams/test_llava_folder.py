@@ -102,6 +102,7 @@ BROKEN = [
         r"x_train\.json\[0\]\.id is missing; there is image, text, answer",
     ),
     ([talk(1.5)], r"x_train\.json\[0\]\.id must be str or int, got 1\.5"),
+    ([talk(True)], r"x_train\.json\[0\]\.id must be str or int, got True"),
     ([talk(1, image=3)], r"x_train\.json\[0\]\.image must be str, got 3"),
     ([{"id": 1, "text": "?"}], r"x_train\.json\[0\]\.answer is missing"),
     ([{"id": 1, "answer": "?"}], r"x_train\.json\[0\]\.text is missing"),
