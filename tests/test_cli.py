@@ -63,7 +63,7 @@ def test_a_dry_run_checks_everything_and_loads_nothing(folder, tmp_path):
 @pytest.mark.parametrize(
     ("text", "code", "match"),
     [
-        ("trian: {}\ntrain: {output_dir: x}", 2, "trian"),
+        ("trian: 3\ntrain: {output_dir: x}", 2, "trian"),
         ("train: {output_dir: x, sede: 1}", 2, "sede"),
         ("train: {output_dir: x, lr_scheduler_type: wobbly}", 2, "wobbly"),
         ("method: {name: mrlora}\ntrain: {output_dir: x}", 1, "did you mean mr_lora"),
