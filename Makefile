@@ -4,7 +4,10 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 RUNS   := runs/demo
 QUICK  ?=
-QUICK_OPTIONS := $(if $(QUICK),--train.max_steps 10 --train.zero_shot false --train.eval_batch_size 48 --stream.options '{num_train: 384, num_test: 48}' --train.evaluate_seen_only true)
+ifneq ($(QUICK),)
+QUICK_OPTIONS := --train.max_steps 10 --train.zero_shot false --train.eval_batch_size 48 \
+                 --train.evaluate_seen_only true --stream.options '{num_train: 384, num_test: 48}'
+endif
 
 # a thread that waits for another gives its core away: the machine may be busy with other things
 export OMP_WAIT_POLICY ?= PASSIVE
