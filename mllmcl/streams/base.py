@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-__all__ = ["Sample", "Stream", "Task"]
+__all__ = ["Sample", "Stream", "Task", "check_seed", "chosen_tasks"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +64,10 @@ class Stream:
         raise ValueError(f"task must be one of {', '.join(task.name for task in self.tasks)}, got {name!r}")
 
     def validate(self) -> None:
-        """Raise ValueError with all that is wrong: empty tasks, ids twice, empty answers, images that do not open."""
+        """Raise ValueError with all that is wrong: no tasks or empty ones, ids twice, no answers, images that fail."""
         names = [task.name for task in self.tasks]
-        problems = [f"task {name} occurs twice" for name in sorted({n for n in names if names.count(n) > 1})]
+        problems = [] if names else ["has no tasks"]
+        problems += [f"task {name} occurs twice" for name in sorted({n for n in names if names.count(n) > 1})]
         # features are remembered by id: two samples of one stream must not share it
         seen: set[str] = set()
         pictures: dict[Path, str] = {}
@@ -83,6 +84,27 @@ class Stream:
         if problems:
             more = f"; {len(problems) - 10} more" if len(problems) > 10 else ""
             raise ValueError(f"stream {self.name}: {'; '.join(problems[:10])}{more}")
+
+
+def chosen_tasks(known: Sequence[str], tasks: Sequence[str] | None) -> list[str]:
+    """The names in `tasks`, in its order; all of `known` for None. TypeError, ValueError: it is no such choice."""
+    if tasks is None:
+        return list(known)
+    if isinstance(tasks, str) or not isinstance(tasks, Sequence):
+        raise TypeError(f"tasks must be None or a list of names, got {tasks!r}")
+    if not tasks:
+        raise ValueError("tasks must be None or at least one name, got none")
+    if strangers := [str(name) for name in tasks if name not in known]:
+        raise ValueError(f"tasks must be among {', '.join(known)}, got {', '.join(strangers)}")
+    if twice := [name for name in known if list(tasks).count(name) > 1]:
+        raise ValueError(f"tasks must be different ones, got {', '.join(twice)} twice")
+    return list(tasks)
+
+
+def check_seed(seed: object) -> None:
+    """Raise ValueError if `seed` is no integer."""
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ValueError(f"seed must be an integer, got {seed!r}")
 
 
 def _source(sample: Sample) -> str:

@@ -18,11 +18,13 @@ import PIL
 from ..assets import ASSETS, cache_dir
 from ..files import atomic_write
 from ..seeds import derive_seed
-from .base import Sample, Stream, Task
+from .base import Sample, Stream, Task, check_seed, chosen_tasks
 
 __all__ = ["Item", "Recipe", "build_stream", "pick_balanced"]
 
 log = logging.getLogger(__name__)
+
+MIN_IMAGE_SIZE = 16  # pixels; below, nothing can be told apart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,14 +87,12 @@ def build_stream(
     tasks: Sequence[str] | None,
 ) -> Stream:
     """The stream of some recipes, from the cache where it was built before with the same code, data and options."""
-    known = [recipe.name for recipe in recipes]
-    chosen = known if tasks is None else list(tasks)
-    strangers = [task for task in chosen if task not in known]
-    if strangers:
-        raise ValueError(f"tasks must be among {', '.join(known)}, got {', '.join(strangers)}")
-    for option, value in (("num_train", num_train), ("num_test", num_test), ("image_size", image_size)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{option} must be an integer of at least 1, got {value!r}")
+    chosen = chosen_tasks([recipe.name for recipe in recipes], tasks)
+    options = (("num_train", num_train, 1), ("num_test", num_test, 1), ("image_size", image_size, MIN_IMAGE_SIZE))
+    for option, value, least in options:
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{option} must be an integer of at least {least}, got {value!r}")
+    check_seed(seed)
     by_name = {recipe.name: recipe for recipe in recipes}
     code = _code_digest(module)
     finished = []

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from ..seeds import derive_seed
-from .base import Sample, Stream, Task
+from .base import Sample, Stream, Task, check_seed, chosen_tasks
 
 __all__ = ["load_folder"]
 
@@ -58,12 +58,11 @@ def load_folder(
     for option, value in (("num_train", num_train), ("num_test", num_test)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"{option} must be None or an integer of at least 1, got {value!r}")
+    check_seed(seed)
     described = folder / STREAM_FILE
     settings = _settings(described) if described.exists() else {"tasks": _found_tasks(folder)}
     by_name = {entry["name"]: entry for entry in settings["tasks"]}
-    chosen = list(by_name) if tasks is None else list(tasks)
-    if strangers := [name for name in chosen if name not in by_name]:
-        raise ValueError(f"tasks must be among {', '.join(by_name)}, got {', '.join(strangers)}")
+    chosen = chosen_tasks(list(by_name), tasks)
     counts = {"train": num_train, "test": num_test}
     return Stream(
         name=settings.get("name", folder.resolve().name),
@@ -82,6 +81,8 @@ def _found_tasks(folder: Path) -> list[dict]:
     names = {
         path.name.removesuffix(f"_{part}.json") for part in ("train", "test") for path in folder.glob(f"?*_{part}.json")
     }
+    if both := sorted(names & {entry["name"] for entry in found}):
+        raise ValueError(f"{folder}: a task must be a sub-folder or a pair of files, {', '.join(both)} is both")
     found += [{"name": name, **{part: f"{name}_{part}.json" for part in ("train", "test")}} for name in sorted(names)]
     if not found:
         raise ValueError(

@@ -74,6 +74,14 @@ def test_ids_are_unique_in_the_whole_stream():
         stream(sample("1"), test=[sample("1")]).validate()
 
 
+def test_a_stream_needs_tasks_of_different_names():
+    with pytest.raises(ValueError, match="stream made-up: has no tasks"):
+        stream(tasks=()).validate()
+    first = stream(sample("1")).tasks[0]
+    with pytest.raises(ValueError, match="stream made-up: task toy occurs twice"):
+        stream(tasks=(first, first)).validate()
+
+
 def test_many_problems_are_counted():
     with pytest.raises(ValueError, match="; 15 more") as caught:
         stream(*(sample(str(place), answer="") for place in range(25))).validate()
@@ -109,10 +117,23 @@ def test_unknown_streams_are_refused(tmp_path):
     [
         ({"num_train": 0}, "num_train must be an integer of at least 1, got 0"),
         ({"num_test": 1.5}, "num_test must be an integer of at least 1, got 1.5"),
-        ({"image_size": True}, "image_size must be an integer of at least 1, got True"),
+        ({"image_size": True}, "image_size must be an integer of at least 16, got True"),
+        ({"image_size": 15}, "image_size must be an integer of at least 16, got 15"),
+        ({"seed": "0"}, "seed must be an integer, got '0'"),
+        ({"seed": True}, "seed must be an integer, got True"),
+        ({"tasks": []}, "tasks must be None or at least one name, got none"),
         ({"tasks": ["cooking"]}, "tasks must be among .*, got cooking"),
     ],
 )
 def test_wrong_options_are_refused(name, options, message):
     with pytest.raises(ValueError, match=message):
         streams.load(name, **options)
+
+
+def test_tasks_are_a_list_of_different_names():
+    with pytest.raises(TypeError, match="tasks must be None or a list of names, got 'gui'"):
+        streams.load("pocket-ability", tasks="gui")
+    with pytest.raises(TypeError, match="tasks must be None or a list of names, got 3"):
+        streams.load("pocket-ability", tasks=3)
+    with pytest.raises(ValueError, match="tasks must be different ones, got gui twice"):
+        streams.load("pocket-ability", tasks=["gui", "ocr", "gui"])

@@ -170,6 +170,18 @@ def test_wrong_options(folder):
         streams.load(folder, num_train=0)
     with pytest.raises(ValueError, match="tasks must be among art, zoo, got cat"):
         streams.load(folder, tasks=["cat"])
+    with pytest.raises(ValueError, match="tasks must be None or at least one name, got none"):
+        streams.load(folder, tasks=[])
+    with pytest.raises(TypeError, match="tasks must be None or a list of names, got 'art'"):
+        streams.load(folder, tasks="art")
+    with pytest.raises(ValueError, match="seed must be an integer, got None"):
+        streams.load(folder, seed=None)
+
+
+def test_a_task_in_two_places_is_refused(folder):
+    write(folder / "zoo_test.json", [ask(9)])
+    with pytest.raises(ValueError, match="a task must be a sub-folder or a pair of files, zoo is both"):
+        streams.load(folder)
 
 
 def test_what_validate_finds_in_a_folder(tmp_path):
