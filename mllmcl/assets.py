@@ -222,7 +222,7 @@ def _files(path: Path) -> list[Path]:
 def _is_checked(name: str) -> bool:
     """Whether the file was checked before and has not been touched since."""
     path = _place(name)
-    return path.exists() and _mark(path).exists() and _mark(path).read_text() == _facts(name)
+    return path.exists() and _mark(path).exists() and _mark(path).read_bytes() == _facts(name).encode()
 
 
 def _check(name: str) -> bool:

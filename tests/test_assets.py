@@ -107,6 +107,27 @@ def test_touched_but_right_cache_is_kept(toy):
     assert asset("one") == path
 
 
+def test_second_call_does_not_hash(toy, monkeypatch):
+    path = asset("one")
+
+    def refuse(path):
+        raise AssertionError(f"{path} is hashed")
+
+    monkeypatch.setattr(assets, "sha256_file", refuse)
+    assert asset("one") == path
+    os.utime(path, (1, 1))
+    with pytest.raises(AssertionError, match=r"one\.bin is hashed"):
+        asset("one")
+
+
+def test_damaged_mark_is_made_anew(toy):
+    path = asset("one")
+    mark = path.with_name(".one.bin.sha256")
+    good = mark.read_bytes()
+    mark.write_bytes(b"\xff\xfe")
+    assert asset("one") == path and mark.read_bytes() == good
+
+
 def test_cut_wheel_is_refused(toy):
     toy.write_bytes(toy.read_bytes()[:-30])
     with pytest.raises(AssetError, match=r"toy_data-1\.0-py3-none-any\.whl has sha256 .*; it was not used"):
