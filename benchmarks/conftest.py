@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import datetime
+import importlib.metadata
 import json
 import os
 import platform
-import time
 
 import pytest
 import torch
 
 from mllmcl.files import atomic_write
 
-from .measuring import RESULTS
+from . import cases
+from .measuring import RESULTS, Case, best_seconds
+
+TABLES = {
+    "mix_case": cases.mix_cases,
+    "routed_case": cases.routed_cases,
+    "route_case": cases.route_cases,
+    "adamw_case": cases.adamw_cases,
+}
+PACKAGES = ("torch", "triton", "peft", "numpy")
 
 
 def pytest_addoption(parser):
@@ -21,9 +30,13 @@ def pytest_addoption(parser):
     parser.addoption("--tiny", action="store_true", help="small sizes and few rounds: does everything run?")
 
 
-@pytest.fixture(scope="session")
-def tiny(request) -> bool:
-    return request.config.getoption("--tiny")
+def pytest_generate_tests(metafunc):
+    for name, table in TABLES.items():
+        if name in metafunc.fixturenames:
+            found = table("cuda" if torch.cuda.is_available() else "cpu")
+            if metafunc.config.getoption("--tiny"):
+                found = list(dict.fromkeys(map(cases.shrink, found)))
+            metafunc.parametrize(name, found, ids=str)
 
 
 @pytest.fixture(scope="session")
@@ -37,37 +50,30 @@ def dtype(device) -> torch.dtype:
 
 
 @pytest.fixture(scope="session")
-def rounds(tiny, device) -> int:
-    return 3 if tiny else 100 if device.type == "cuda" else 20
+def rounds(request, device) -> int:
+    return 3 if request.config.getoption("--tiny") else 100 if device.type == "cuda" else 21
 
 
-def _best(run, count: int = 8) -> float:
-    seconds = []
-    for _ in range(count):
-        began = time.perf_counter()
-        run()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
-    return min(seconds)
-
-
-@pytest.fixture(scope="session")
-def roofline(device, dtype, tiny) -> dict[str, float]:
+@pytest.fixture(scope="session", autouse=True)
+def roofline(request, device, dtype) -> dict[str, float]:
     """What this machine does at best, measured in this session: FLOP/s of a large product, bytes/s of a large copy."""
+    tiny = request.config.getoption("--tiny")
     size = 512 if tiny else 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    big = torch.empty((8 if tiny else 256) * 2**20, dtype=torch.uint8, device=device)
+    big = torch.empty((8 if tiny else 1024 if device.type == "cuda" else 256) * 2**20, dtype=torch.uint8, device=device)
     other = torch.empty_like(big)
-    return {
-        "flops": 2 * size**3 / _best(lambda: torch.mm(a, b)),
-        "bytes": 2 * big.numel() / _best(lambda: other.copy_(big)),
+    best = {
+        "flops": 2 * size**3 / best_seconds(lambda: torch.mm(a, b), device),
+        "bytes": 2 * big.numel() / best_seconds(lambda: other.copy_(big), device),
     }
+    request.config.stash[ROOFLINE] = best
+    return best
 
 
-def _processor() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+ROOFLINE = pytest.StashKey[dict]()
+
+
+def _cpu() -> str:
     try:
         with open("/proc/cpuinfo") as file:
             return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
@@ -75,39 +81,79 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def _record(case) -> dict:
-    seconds = {name: {"median": m, "p20": low, "p80": high} for name, (m, low, high) in case.seconds.items()}
-    ours = case.seconds.get("ours", (None,))[0]
-    ratios = {name: value[0] / ours for name, value in case.seconds.items() if name != "ours" and ours}
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _machine() -> dict:
+    cuda = torch.cuda.is_available()
     return {
-        "case": case.name, "provider": case.provider, "seconds": seconds, "peer_over_ours": ratios,
+        "device": torch.cuda.get_device_name() if cuda else _cpu(), "cpu": _cpu(), "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(), "load": os.getloadavg(), "versions": _versions(),
+        "cuda": torch.version.cuda if cuda else None,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }  # fmt: skip
+
+
+def _rates(case: Case, best: dict[str, float]) -> dict[str, tuple[float, float]]:
+    """Of every contestant the useful work per second, and its share of what the machine does at best."""
+    kind = "flops" if case.flops else "bytes"
+    work = case.flops or case.bytes
+    if not work or kind not in best:
+        return {}
+    rates = {name: work / median for name, (median, _, _) in case.seconds.items() if name != "base linear"}
+    return {name: (rate, rate / best[kind]) for name, rate in rates.items()}
+
+
+def _record(case: Case, best: dict[str, float]) -> dict:
+    seconds = {name: {"median": m, "p20": low, "p80": high} for name, (m, low, high) in case.seconds.items()}
+    rates = {name: {"per_second": rate, "share": share} for name, (rate, share) in _rates(case, best).items()}
+    return {
+        "op": case.group, "case": case.name, "providers": case.providers, "seconds": seconds,
+        "peer_over_ours": case.ratios(), "flops": case.flops, "bytes": case.bytes, "rates": rates,
         "refused": case.refused, "notes": case.notes,
     }  # fmt: skip
+
+
+def _lines(case: Case, best: dict[str, float]):
+    ran = ", ".join(f"{op} {backend}" for op, backend in case.providers.items())
+    yield f"{case.group}: {case.name}" + (f"  [{ran}]" if ran else "")
+    rates, ratios = _rates(case, best), case.ratios()
+    unit = "GFLOP/s" if case.flops else "GB/s"
+    for name, (median, low, high) in case.seconds.items():
+        line = f"    {name:<26}{1e3 * median:>10.3f} ms {1e3 * low:>10.3f} ..{1e3 * high:>9.3f}"
+        line += f"{ratios[name]:>9.2f}x" if name in ratios else " " * 10
+        if name in rates:
+            line += f"{rates[name][0] / 1e9:>10.1f} {unit} {100 * rates[name][1]:>4.0f} %"
+        yield line
+    for name, reason in case.refused.items():
+        yield f"    {name:<26} not timed: {reason}"
+    for name, value in case.notes.items():
+        yield f"    {name:<26}{value:>10,.6g}"
 
 
 def pytest_terminal_summary(terminalreporter, config):
     if not RESULTS:
         return
-    write = terminalreporter.write_line
+    write, machine, best = terminalreporter.write_line, _machine(), config.stash.get(ROOFLINE, {})
     write("")
-    write(f"{_processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}; median ms, peer / ours")
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    write(f"{machine['device']}, {machine['threads']} threads of {machine['cores']} cores, {versions}")
+    if best:
+        write(f"at best here: product {best['flops'] / 1e9:.0f} GFLOP/s, copy {best['bytes'] / 1e9:.1f} GB/s")
+    write("median, 20th .. 80th percentile, peer / ours, useful work per second and its share of the best")
     for case in RESULTS:
-        ours = case.seconds.get("ours", (float("nan"),))[0]
-        cells = [f"ours ({case.provider}) {1e3 * ours:.3f}"]
-        cells += [f"{n} {1e3 * v[0]:.3f} ({v[0] / ours:.2f}x)" for n, v in case.seconds.items() if n != "ours"]
-        notes = [
-            f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
-            for name, value in case.notes.items()
-        ]
-        write(f"  {case.name}: {'; '.join([*cells, *notes])}")
-        for name, reason in case.refused.items():
-            write(f"    {name} was not timed: {reason}")
+        for line in _lines(case, best):
+            write(line)
     path = config.getoption("--results")
     if path:
-        record = {
-            "device": _processor(), "threads": torch.get_num_threads(), "torch": torch.__version__,
-            "python": platform.python_version(), "date": datetime.date.today().isoformat(), "cores": os.cpu_count(),
-            "cases": [_record(case) for case in RESULTS],
-        }  # fmt: skip
+        record = {**machine, "best": best, "cases": [_record(case, best) for case in RESULTS]}
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         atomic_write(path, json.dumps(record, indent=1) + "\n")
         write(f"written to {path}")

@@ -2,34 +2,114 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
-__all__ = ["RESULTS", "Case", "race"]
+from mllmcl_kernels.library import BACKENDS
+from mllmcl_kernels.op import Op
+from mllmcl_kernels.testing import excess
+
+__all__ = ["RESULTS", "Case", "best_seconds", "misses", "other_backends", "providers_used", "race"]
+
+#: entries of a tensor that the error rule looks at, in regular steps
+MOST_CHECKED = 1_000_000
 
 
 @dataclass
 class Case:
-    """One comparison: seconds of every contestant (median, 20th and 80th percentile), and who was refused and why."""
+    """One comparison.
 
+    seconds   of every contestant: median, 20th and 80th percentile
+    providers which backend ran each op when ours was called
+    refused   contestants that were not timed, and why
+    flops, bytes    work of the step at the limit of the hardware; the one that is given is told against the machine's
+    """
+
+    group: str
     name: str
-    provider: str
+    providers: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, tuple[float, float, float]] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
-    cost: tuple[int, int] | None = None
+    flops: int | None = None
+    bytes: int | None = None
     notes: dict = field(default_factory=dict)
+
+    def ratios(self) -> dict[str, float]:
+        """Peer over ours: above 1 ours is faster."""
+        if "ours" not in self.seconds:
+            return {}
+        ours = self.seconds["ours"][0]
+        return {name: value[0] / ours for name, value in self.seconds.items() if name != "ours"}
 
 
 RESULTS: list[Case] = []
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+@contextlib.contextmanager
+def providers_used() -> Iterator[dict[str, str]]:
+    """Fills a table of op name -> backend with every provider that is chosen inside."""
+    used: dict[str, str] = {}
+    choose = Op.choose
+
+    def watched(self, args, backend):
+        provider = choose(self, args, backend)
+        used[self.name] = provider.backend
+        return provider
+
+    Op.choose = watched
+    try:
+        yield used
+    finally:
+        Op.choose = choose
+
+
+def other_backends(op: Op, default: str) -> list[str]:
+    """Compiled backends of an op that can run here besides the one that is chosen by itself."""
+    return [
+        name
+        for name in BACKENDS
+        if name not in (default, "reference")
+        and not isinstance(op.find(name), str)
+        and not (name == "triton" and not torch.cuda.is_available())
+    ]
+
+
+def misses(
+    mine: Sequence[Tensor], plain: Sequence[Tensor], truth: Sequence[Tensor], names: Sequence[str]
+) -> str | None:
+    """Which output or gradient breaks the error rule, or None."""
+    for name, *triple in zip(names, mine, plain, truth, strict=True):
+        step = max(1, triple[0].numel() // MOST_CHECKED) | 1
+        off = excess(*(tensor.reshape(-1)[::step] for tensor in triple))
+        if not off.passes:
+            return f"{name} misses the error rule: {off}"
+    return None
+
+
+def best_seconds(run: Callable[[], object], device: torch.device, count: int = 8) -> float:
+    return min(_seconds(run, device, None) for _ in range(count))
+
+
+def _seconds(run: Callable[[], object], device: torch.device, flush: Tensor | None) -> float:
+    """Time of one call; on a GPU between two events, after the cache was flushed."""
+    if device.type != "cuda":
+        began = time.perf_counter()
+        run()
+        return time.perf_counter() - began
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    if flush is not None:
+        flush.zero_()
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
 
 
 def race(case: Case, contestants: dict[str, Callable], device: torch.device, rounds: int, warm: int = 3) -> Case:
@@ -37,19 +117,14 @@ def race(case: Case, contestants: dict[str, Callable], device: torch.device, rou
     for run in contestants.values():
         for _ in range(warm):
             run()
+    flush = torch.empty(256 * 2**20, dtype=torch.uint8, device=device) if device.type == "cuda" else None
     times: dict[str, list[float]] = {name: [] for name in contestants}
     names = list(contestants)
-    flush = torch.empty(64 * 2**20 if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
     for turn in range(rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            flush.zero_()
-            _wait(device)
-            began = time.perf_counter()
-            contestants[name]()
-            _wait(device)
-            times[name].append(time.perf_counter() - began)
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            times[name].append(_seconds(contestants[name], device, flush))
     for name, values in times.items():
         cuts = statistics.quantiles(values, n=5)
         case.seconds[name] = (statistics.median(values), cuts[0], cuts[3])
-    RESULTS.append(case)
     return case

@@ -6,6 +6,18 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = [
+    "Restoring",
+    "base",
+    "by_expert",
+    "eager_router",
+    "loop_over_experts",
+    "peft_linear",
+    "routed_by_hand",
+    "stacked",
+]
 
 
 def loop_over_experts(x, weight, bias, a, b, gates, rank: int, scaling: float, dropout: float = 0.0):
@@ -25,19 +37,44 @@ def stacked(x, weight, bias, a, b, gates, rank: int, scaling: float, dropout: fl
     return F.linear(x, weight, bias) + F.linear(F.linear(dropped, a) * factors, b)
 
 
+def by_expert(x, weight, bias, a, b, ids, rank: int, scaling: float):
+    """A batch that mixes adapters as PEFT runs it: for each expert its own tokens are taken out and added back."""
+    y = F.linear(x, weight, bias)
+    for expert in ids.unique().tolist():
+        rows, tokens = slice(expert * rank, (expert + 1) * rank), (ids == expert).nonzero()[:, 0]
+        y = y.index_add(0, tokens, F.linear(F.linear(x[tokens], a[rows]), b[:, rows]) * scaling)
+    return y
+
+
 def base(x, weight, bias, *_rest, **_options):
     """The frozen layer alone: what no adapter can undercut."""
     return F.linear(x, weight, bias)
 
 
-def compiled_stacked():
-    """torch.compile of `stacked`."""
-    return torch.compile(stacked, fullgraph=True)
+def peft_linear(weight: Tensor, bias: Tensor, a: Tensor, b: Tensor, scaling: float) -> tuple[nn.Module, list[Tensor]]:
+    """PEFT's LoRA layer for one adapter with these very weights, and its two trainable tensors."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    holder = nn.Module()
+    holder.layer = nn.Linear(weight.shape[1], weight.shape[0], device=weight.device, dtype=weight.dtype)
+    with torch.no_grad():
+        holder.layer.weight.copy_(weight)
+        holder.layer.bias.copy_(bias)
+    rank = a.shape[0]
+    config = LoraConfig(r=rank, lora_alpha=scaling * rank, target_modules=["layer"])
+    layer = inject_adapter_in_model(config, holder).layer.to(weight.dtype)
+    adapters = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    with torch.no_grad():
+        adapters[0].copy_(a)
+        adapters[1].copy_(b)
+    return layer, adapters
 
 
 def eager_router(x, weight, top_k: int):
     """Softmax, top-k, renormalised, dense gates, load-balance and z loss in plain torch."""
-    logits = F.linear(x, weight).float()
+    # float32 or better
+    logits = F.linear(x, weight)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
     probs = torch.softmax(logits, -1)
     values, indices = torch.topk(probs, top_k, dim=-1)
     values = values / values.sum(-1, keepdim=True)
@@ -47,16 +84,34 @@ def eager_router(x, weight, top_k: int):
     return gates, balance + torch.logsumexp(logits, -1).square().mean()
 
 
-def adamw_that_restores(optimizer, params, masks):
+def routed_by_hand(mix, x, weight, bias, a, b, router, rank: int, scaling: float, top_k: int | None):
+    """A router in plain torch, then `mix` with its gates."""
+    logits = F.linear(x, router)
+    gates = torch.softmax(logits if logits.dtype == torch.float64 else logits.float(), -1)
+    if top_k:
+        values, indices = torch.topk(gates, top_k, dim=-1)
+        gates = torch.zeros_like(gates).scatter(-1, indices, values)
+    return mix(x, weight, bias, a, b, gates.to(x.dtype), rank, scaling)
+
+
+class Restoring:
     """A correct freeze with a stock optimizer: mask the gradients, step, put frozen entries and moments back."""
-    kept = []
-    for param, mask in zip(params, masks, strict=True):
-        param.grad.mul_(mask)
-        state = optimizer.state[param]
-        values = (param.detach(), state.get("exp_avg"), state.get("exp_avg_sq"))
-        kept.append([value.clone() for value in values if value is not None])
-    optimizer.step()
-    for param, mask, old in zip(params, masks, kept, strict=True):
-        state = optimizer.state[param]
-        for value, before in zip((param.detach(), state["exp_avg"], state["exp_avg_sq"]), old, strict=False):
-            value.copy_(torch.where(mask, value, before))
+
+    def __init__(self, optimizer: torch.optim.Optimizer, params: list[Tensor], masks: list[Tensor]) -> None:
+        self.optimizer, self.params, self.masks = optimizer, params, masks
+
+    def _tensors(self, param: Tensor) -> list[Tensor]:
+        state = self.optimizer.state[param]
+        return [param, *(state[key] for key in ("exp_avg", "exp_avg_sq") if key in state)]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        kept = []
+        for param, mask in zip(self.params, self.masks, strict=True):
+            param.grad.mul_(mask)
+            kept.append([tensor.clone() for tensor in self._tensors(param)])
+        self.optimizer.step()
+        for param, mask, old in zip(self.params, self.masks, kept, strict=True):
+            # at the first step there were no moments to restore: a masked gradient leaves them zero
+            for tensor, before in zip(self._tensors(param), old, strict=False):
+                tensor.copy_(torch.where(mask, tensor, before))

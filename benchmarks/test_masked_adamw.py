@@ -1,53 +1,95 @@
-"""`masked_adamw_` beside torch's AdamW: no mask, one of eight experts active, half of the entries."""
+"""`MaskedAdamW` beside torch's AdamW: no mask, one of the experts active, half of the entries."""
 
 from __future__ import annotations
 
-import pytest
 import torch
+from torch import Tensor
 
 from mllmcl_kernels import Mask, MaskedAdamW
 
 from . import peers
-from .measuring import Case, race
+from .cases import AdamWCase
+from .measuring import RESULTS, Case, misses, providers_used, race
 
-EXPERTS, RANK = 8, 16
-
-
-def shapes(tiny: bool, device: torch.device) -> list[tuple[int, int]]:
-    """lora_a [R, K] and lora_b [N, R] of the layers of a model."""
-    layers, width = (2, 64) if tiny else (224, 4096) if device.type == "cuda" else (60, 2048)
-    return [(EXPERTS * RANK, width), (width, EXPERTS * RANK)] * layers
+OPTIONS = {"lr": 1e-4, "weight_decay": 0.01}
+#: parameter, gradient, two moments read; parameter and moments written
+PASSES = 7
 
 
-@pytest.mark.parametrize("kind", ["no mask", "one of eight experts", "half of the entries"])
-def test_masked_adamw(benchmark, kind, device, rounds, tiny):
-    generator = torch.Generator().manual_seed(0)
-    sizes = shapes(tiny, device)
-    params = [torch.randn(*shape, generator=generator).to(device).requires_grad_() for shape in sizes]
-    others = [param.detach().clone().requires_grad_() for param in params]
-    for param, other in zip(params, others, strict=True):
-        param.grad = torch.randn(param.shape, generator=generator).to(device)
-        other.grad = param.grad.clone()
-    ours = MaskedAdamW(params, lr=1e-4, weight_decay=0.01)
-    active = torch.tensor([place == 3 for place in range(EXPERTS)])
-    masks = [None] * len(params)
-    if kind == "one of eight experts":
-        masks = [Mask.experts(active, (RANK,) * EXPERTS, place % 2) for place in range(len(params))]
-    elif kind == "half of the entries":
-        masks = [Mask.elements(torch.rand(param.shape, generator=generator) < 0.5) for param in params]
-    masks = [None if mask is None else mask.to(device) for mask in masks]
+def masks_of(case: AdamWCase, generator: torch.Generator) -> list[Mask | None]:
+    if case.mask == "no mask":
+        return [None] * len(case.shapes)
+    if case.mask == "half of the entries active":
+        return [Mask.elements(torch.rand(shape, generator=generator) < 0.5) for shape in case.shapes]
+    active = torch.arange(case.experts) == 3 % case.experts
+    return [Mask.experts(active, (case.rank,) * case.experts, dim) for dim in case.dims]
+
+
+def copies(tensors: list[Tensor]) -> list[Tensor]:
+    found = [tensor.detach().clone().requires_grad_() for tensor in tensors]
+    for new, old in zip(found, tensors, strict=True):
+        new.grad = old.grad.clone()
+    return found
+
+
+def refused(params: list[Tensor], masks: list[Mask | None]) -> str | None:
+    """Two steps on a few of the tensors against torch's AdamW in float32 and float64; frozen entries bit for bit."""
+    few = params[:6]
+    mine, usual = copies(few), copies(few)
+    truth = [param.detach().double().requires_grad_() for param in few]
+    keep = [
+        torch.ones_like(param, dtype=torch.bool) if mask is None else mask.expand(param.shape)
+        for param, mask in zip(few, masks, strict=False)
+    ]
+    for new, old in zip(truth, few, strict=True):
+        new.grad = old.grad.double()
+    ours = MaskedAdamW(mine, **OPTIONS)
+    for param, mask in zip(mine, masks, strict=False):
+        ours.set_mask(param, mask)
+    rest = [torch.optim.AdamW(tensors, **OPTIONS) for tensors in (usual, truth)]
+    for _ in range(2):
+        for optimizer in (ours, *rest):
+            optimizer.step()
+    for new, old, mask in zip(mine, few, keep, strict=True):
+        if not torch.equal(new.detach()[~mask], old.detach()[~mask]):
+            return "a frozen entry moved"
+    active = [[t.detach()[mask] for t, mask in zip(ts, keep, strict=True)] for ts in (mine, usual, truth)]
+    return misses(*active, [f"parameter {place}" for place in range(len(few))])
+
+
+def contestants(params: list[Tensor], masks: list[Mask | None]) -> dict:
+    """Every optimizer on parameters of its own, which all start alike."""
+    ours = MaskedAdamW(params, **OPTIONS)
     for param, mask in zip(params, masks, strict=True):
         ours.set_mask(param, mask)
-    fused = torch.optim.AdamW(others, lr=1e-4, weight_decay=0.01, fused=True)
-    field = {"ours": ours.step, "torch fused": fused.step}
-    if kind == "no mask":
-        field["torch foreach"] = torch.optim.AdamW(others, lr=1e-4, weight_decay=0.01, foreach=True).step
+    field = {"ours": ours.step, "torch fused": torch.optim.AdamW(copies(params), **OPTIONS, fused=True).step}
+    if masks[0] is None:
+        field["torch foreach"] = torch.optim.AdamW(copies(params), **OPTIONS, foreach=True).step
+        field["torch for-loop"] = torch.optim.AdamW(copies(params), **OPTIONS, foreach=False, fused=False).step
     else:
+        others = copies(params)
         keep = [mask.expand(param.shape).expand(param.shape) for param, mask in zip(params, masks, strict=True)]
-        field["mask, fused step, restore"] = lambda: peers.adamw_that_restores(fused, others, keep)
-    case = Case(
-        f"AdamW over {sum(p.numel() for p in params) / 1e6:.0f} M parameters in {len(params)} tensors, {kind}",
-        "default",
-    )
-    race(case, field, device, max(3, rounds // 2))
-    benchmark.pedantic(ours.step, rounds=3)
+        fused = torch.optim.AdamW(others, **OPTIONS, fused=True)
+        field["mask, fused, restore"] = peers.Restoring(fused, others, keep).step
+    return field
+
+
+def test_masked_adamw(benchmark, adamw_case: AdamWCase, device, rounds):
+    case = adamw_case
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.randn(shape, generator=generator).to(device).requires_grad_() for shape in case.shapes]
+    for param in params:
+        param.grad = torch.randn(param.shape, generator=generator).to(device)
+    masks = [None if mask is None else mask.to(device) for mask in masks_of(case, generator)]
+    share = 1 / case.experts if case.mask.startswith("1 of") else 1.0
+    record = Case("masked_adamw_", f"{case}, float32", bytes=int(share * PASSES * 4 * sum(p.numel() for p in params)))
+    RESULTS.append(record)
+    with providers_used() as record.providers:
+        reason = refused(params, masks)
+    if reason:
+        record.refused["ours"] = reason
+    assert reason is None, reason
+    field = contestants(params, masks)
+    race(record, field, device, max(3, rounds * 2 // 3))
+    benchmark.extra_info["interleaved seconds"] = record.seconds
+    benchmark.pedantic(field["ours"], rounds=3)

@@ -2,39 +2,67 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from mllmcl_kernels import route
+from mllmcl_kernels.op import REGISTRY
 
 from . import peers
-from .measuring import Case, race
+from .cases import RouteCase
+from .measuring import RESULTS, Case, misses, other_backends, providers_used, race
+from .mixing import values_and_gradients
+
+NAMES = ("weighted sum and losses", "dx", "dweight")
 
 
-@pytest.mark.parametrize(("experts", "top_k"), [(8, 2), (16, 1), (64, 8)], ids=str)
-def test_route(benchmark, experts, top_k, device, dtype, rounds, tiny):
-    tokens, width = (64, 32) if tiny else (4096, 512 if device.type == "cpu" else 4096)
-    x = torch.randn(tokens, width, device=device, dtype=dtype, requires_grad=True)
-    weight = torch.randn(experts, width, device=device, dtype=dtype).mul_(width**-0.5).requires_grad_()
-    pull = torch.randn(tokens, experts, device=device)
+def test_route(benchmark, route_case: RouteCase, device, dtype, rounds):
+    case = route_case
+    generator = torch.Generator().manual_seed(0)
 
-    def ours():
-        routing = route(x, weight, top_k=top_k, renormalize=True)
+    def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        return (torch.randn(*shape, generator=generator) * scale).to(device, dtype)
+
+    given = {
+        "x": normal(case.tokens, case.width).requires_grad_(),
+        "weight": normal(case.experts, case.width, scale=case.width**-0.5).requires_grad_(),
+    }
+    pull = torch.randn(case.tokens, case.experts, generator=generator).to(device)
+    one = torch.ones((), device=device)
+    # x is read forward and once backward for the weight, its gradient is written
+    work = 3 * given["x"].numel() * given["x"].element_size()
+    record = Case("route", f"{case}, {str(dtype).removeprefix('torch.')}", bytes=work)
+    RESULTS.append(record)
+
+    def ours(x, weight, backend=None):
+        routing = route(x, weight, top_k=case.top_k, renormalize=True, backend=backend)
         return (routing.gates * pull).sum() + routing.balance_loss() + routing.z_loss()
 
-    def eager():
-        gates, losses = peers.eager_router(x, weight, top_k)
-        return (gates * pull).sum() + losses
+    def eager(x, weight):
+        gates, losses = peers.eager_router(x, weight, case.top_k)
+        return (gates * pull.to(gates.dtype)).sum() + losses
 
-    torch.testing.assert_close(ours(), eager(), rtol=2e-2, atol=2e-2)
+    usual, truth = (values_and_gradients(eager, given, one, wide=wide) for wide in (False, True))
+    with providers_used() as record.providers:
+        default = values_and_gradients(ours, given, one, wide=False)
+    refused = {"ours": misses(default, usual, truth, NAMES)}
+    field = {"ours": lambda: ours(**given)}
+    for backend in other_backends(REGISTRY["route"], record.providers["route"]):
+        name = f"ours ({backend})"
+        found = values_and_gradients(lambda x, weight, b=backend: ours(x, weight, b), given, one, wide=False)
+        refused[name] = misses(found, usual, truth, NAMES)
+        field[name] = lambda backend=backend: ours(**given, backend=backend)
+    field["plain torch"] = lambda: eager(**given)
+    record.refused = {name: reason for name, reason in refused.items() if reason}
 
     def step(run):
         def once():
-            x.grad = weight.grad = None
+            given["x"].grad = given["weight"].grad = None
             run().backward()
 
         return once
 
-    record = Case(f"route T={tokens} E={experts} k={top_k}, with both losses", "default")
-    race(record, {"ours": step(ours), "eager": step(eager)}, device, rounds)
-    benchmark.pedantic(step(ours), rounds=3)
+    steps = {name: step(run) for name, run in field.items() if name not in record.refused}
+    race(record, steps, device, rounds)
+    benchmark.extra_info["interleaved seconds"] = record.seconds
+    assert "ours" not in record.refused, record.refused["ours"]
+    benchmark.pedantic(steps["ours"], rounds=3)

@@ -1,0 +1,168 @@
+"""The shapes that are timed, by device; `--tiny` shrinks every one of them."""
+
+# T tokens, K in, N out, E experts, r rank of one expert
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+__all__ = ["AdamWCase", "MixCase", "RouteCase", "adamw_cases", "mix_cases", "route_cases", "routed_cases"]
+
+DEFAULT = "default"
+AUTOTUNED = "max-autotune-no-cudagraphs"
+
+
+@dataclass(frozen=True)
+class MixCase:
+    """One call of `lora_mix` or `lora_mix_routed`.
+
+    gates: "token" (softmax `[T, E]`), "sample" (one id for each of `samples` equal runs of tokens), "none".
+    top_k: for the routed op; None keeps every expert.
+    compiled: the mode in which torch.compile runs as a peer, None where it stays out.
+    graph: time a replayed CUDA graph of the forward instead of its launches.
+    """
+
+    tokens: int
+    width: int
+    out: int
+    experts: int
+    rank: int
+    gates: str = "token"
+    samples: int = 8
+    top_k: int | None = None
+    dropout: float = 0.0
+    backward: bool = True
+    compiled: str | None = None
+    graph: bool = False
+
+    def __str__(self) -> str:
+        size = f"d={self.width}" if self.width == self.out else f"{self.width}->{self.out}"
+        words = [f"T={self.tokens} {size} E={self.experts} r={self.rank}"]
+        if self.gates == "sample":
+            words.append(f"ids of {self.samples} samples")
+        if self.top_k:
+            words.append(f"top {self.top_k}")
+        if self.dropout:
+            words.append(f"dropout {self.dropout}")
+        words.append("forward+backward" if self.backward else "forward")
+        return ", ".join(words) + (", CUDA graph" if self.graph else "")
+
+
+@dataclass(frozen=True)
+class RouteCase:
+    """One call of `route` with both auxiliary losses, forward and backward."""
+
+    tokens: int
+    width: int
+    experts: int
+    top_k: int
+
+    def __str__(self) -> str:
+        return f"T={self.tokens} d={self.width} E={self.experts} k={self.top_k}, balance and z loss, forward+backward"
+
+
+@dataclass(frozen=True)
+class AdamWCase:
+    """One optimizer step; `shapes` are the parameters', each stacked expert along the dimension in `dims`."""
+
+    title: str
+    mask: str
+    shapes: tuple[tuple[int, int], ...]
+    dims: tuple[int, ...]
+    experts: int
+    rank: int
+
+    def __str__(self) -> str:
+        millions = sum(rows * columns for rows, columns in self.shapes) / 1e6
+        return f"{self.title}, {len(self.shapes)} tensors, {millions:.1f} M entries, {self.mask}"
+
+
+MIX = {
+    "cpu": (
+        MixCase(512, 2048, 2048, 8, 16, compiled=DEFAULT),
+        MixCase(512, 2048, 2048, 8, 16, dropout=0.05),
+        MixCase(512, 576, 576, 8, 16, compiled=DEFAULT),
+        MixCase(64, 2048, 2048, 8, 16),
+        MixCase(8, 2048, 2048, 8, 16, backward=False),
+        MixCase(1, 2048, 2048, 8, 16, backward=False),
+        MixCase(512, 2048, 2048, 8, 16, gates="sample"),
+        MixCase(512, 2048, 2048, 1, 16, gates="none"),
+    ),
+    "cuda": (
+        MixCase(4096, 4096, 4096, 8, 16, backward=False, compiled=AUTOTUNED),
+        MixCase(4096, 4096, 4096, 8, 16, compiled=AUTOTUNED),
+        MixCase(16384, 4096, 4096, 8, 16, compiled=DEFAULT),
+        MixCase(4096, 4096, 11008, 8, 16, compiled=DEFAULT),
+        MixCase(4096, 11008, 4096, 8, 16, compiled=DEFAULT),
+        MixCase(4096, 4096, 4096, 8, 64, compiled=DEFAULT),
+        MixCase(4096, 4096, 4096, 8, 16, dropout=0.05),
+        MixCase(8192, 4096, 4096, 8, 16, gates="sample"),
+        MixCase(8192, 5120, 5120, 8, 16, gates="sample"),
+        MixCase(8192, 8192, 8192, 8, 16, gates="sample"),
+        MixCase(64, 4096, 4096, 8, 16, backward=False),
+        MixCase(64, 4096, 4096, 8, 16, backward=False, graph=True),
+        MixCase(1, 4096, 4096, 8, 16, backward=False),
+        MixCase(1, 4096, 4096, 8, 16, backward=False, graph=True),
+        MixCase(4096, 4096, 4096, 1, 16, gates="none"),
+    ),
+}
+ROUTED = {
+    "cpu": (MixCase(512, 2048, 2048, 8, 16), MixCase(512, 2048, 2048, 8, 16, top_k=2)),
+    "cuda": (
+        MixCase(4096, 4096, 4096, 8, 16),
+        MixCase(4096, 4096, 4096, 16, 64, top_k=2),
+        MixCase(16384, 4096, 4096, 16, 64, top_k=2),
+    ),
+}
+ROUTE = {
+    "cpu": (RouteCase(4096, 512, 8, 2), RouteCase(4096, 512, 64, 8)),
+    "cuda": tuple(
+        RouteCase(tokens, 4096, *choice) for tokens in (4096, 16384) for choice in ((8, 2), (16, 1), (64, 8))
+    ),
+}
+MASKS = ("no mask", "1 of 8 experts active", "half of the entries active")
+
+
+def mix_cases(device: str) -> tuple[MixCase, ...]:
+    return MIX[device]
+
+
+def routed_cases(device: str) -> tuple[MixCase, ...]:
+    return ROUTED[device]
+
+
+def route_cases(device: str) -> tuple[RouteCase, ...]:
+    return ROUTE[device]
+
+
+def _lora_shapes(layers: int, linears: tuple[tuple[int, int], ...], total: int) -> tuple[tuple[int, int], ...]:
+    """lora_a `[R, K]` and lora_b `[N, R]` of every linear K -> N of every layer."""
+    return tuple(shape for width, out in linears for shape in ((total, width), (out, total))) * layers
+
+
+def adamw_cases(device: str) -> tuple[AdamWCase, ...]:
+    """The adapters of every linear of a language model, and one large tensor."""
+    if device == "cuda":
+        experts, rank, shapes = 8, 16, _lora_shapes(32, ((4096, 4096),) * 7, 128)
+    else:
+        # SmolLM2-135M: 30 layers of q, k, v, o, gate, up, down
+        experts, rank = 8, 8
+        square, narrow = (576, 576), (576, 192)
+        shapes = _lora_shapes(30, (square, narrow, narrow, square, (576, 1536), (576, 1536), (1536, 576)), 64)
+    dims = tuple(place % 2 for place in range(len(shapes)))
+    every = [AdamWCase("LoRA experts", mask, shapes, dims, experts, rank) for mask in MASKS]
+    one = ((20000, 1024),) if device == "cuda" else ((20000, 1000),)
+    return (*every, AdamWCase("one tensor", "no mask", one, (0,), 8, 2500))
+
+
+def shrink(case):
+    """The same case at a size that takes no time."""
+    if isinstance(case, MixCase):
+        small = replace(case, tokens=min(case.tokens, 32), width=64, out=64 if case.width == case.out else 96, rank=4)
+        return replace(small, samples=4, compiled=None)
+    if isinstance(case, RouteCase):
+        return replace(case, tokens=64, width=32)
+    if len(case.shapes) == 1:
+        return replace(case, shapes=((8 * 4, 32),), rank=4)
+    shapes = _lora_shapes(2, ((64, 96),), case.experts * 4)
+    return replace(case, shapes=shapes, dims=(0, 1) * (len(shapes) // 2), rank=4)
