@@ -1,12 +1,14 @@
-"""`pytest benchmarks --benchmark-only [--results FILE] [--tiny]`: every case beside its peers, as text and JSON."""
+"""`pytest benchmarks --benchmark-only [--results FILE] [--seconds N] [--tiny]`: every case beside its peers."""
 
 from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
+import time
 
 import pytest
 import torch
@@ -23,11 +25,38 @@ TABLES = {
     "adamw_case": cases.adamw_cases,
 }
 PACKAGES = ("torch", "triton", "peft", "numpy")
+BEGAN = time.monotonic()
+ROOFLINE = pytest.StashKey[dict]()
+LATE = pytest.StashKey[list]()
 
 
 def pytest_addoption(parser):
     parser.addoption("--results", default=None, help="write all cases to this JSON file")
     parser.addoption("--tiny", action="store_true", help="small sizes and few rounds: does everything run?")
+    parser.addoption("--seconds", type=float, default=None, help="begin no case after so many seconds")
+
+
+def pytest_runtest_setup(item):
+    limit = item.config.getoption("--seconds")
+    if limit is not None and time.monotonic() - BEGAN > limit:
+        item.config.stash.setdefault(LATE, []).append(item.name)
+        pytest.skip(f"the {limit:g} seconds are over")
+
+
+if importlib.util.find_spec("pytest_benchmark") is None:
+
+    class _Once:
+        """What is left of the `benchmark` fixture without its package: the cases print their own table."""
+
+        def __init__(self) -> None:
+            self.extra_info: dict = {}
+
+        def pedantic(self, run, rounds: int = 1):
+            return run()
+
+    @pytest.fixture
+    def benchmark() -> _Once:
+        return _Once()
 
 
 def pytest_generate_tests(metafunc):
@@ -68,9 +97,6 @@ def roofline(request, device, dtype) -> dict[str, float]:
     }
     request.config.stash[ROOFLINE] = best
     return best
-
-
-ROOFLINE = pytest.StashKey[dict]()
 
 
 def _cpu() -> str:
@@ -151,9 +177,12 @@ def pytest_terminal_summary(terminalreporter, config):
     for case in RESULTS:
         for line in _lines(case, best):
             write(line)
+    late = config.stash.get(LATE, [])
+    if late:
+        write(f"not begun, out of time: {', '.join(late)}")
     path = config.getoption("--results")
     if path:
-        record = {**machine, "best": best, "cases": [_record(case, best) for case in RESULTS]}
+        record = {**machine, "best": best, "not_begun": late, "cases": [_record(case, best) for case in RESULTS]}
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         atomic_write(path, json.dumps(record, indent=1) + "\n")
         write(f"written to {path}")

@@ -1,4 +1,4 @@
-"""What the two mixing benchmarks share: tensors of a case, steps with fresh gradients, values and gradients to check."""
+"""What the two mixing benchmarks share: tensors of a case, steps with fresh gradients, gradients to check."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ SCALING = 2.0
 
 def layer(case: MixCase, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor | None]:
     """A frozen layer, adapters that train, and the gates or ids of the case, with a direction for the backward."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(*shape, generator=generator) * scale).to(device, dtype)
+        return (torch.randn(*shape, generator=generator, device=device) * scale).to(dtype)
 
     total = case.experts * case.rank
     found = {
@@ -34,8 +34,7 @@ def layer(case: MixCase, device: torch.device, dtype: torch.dtype) -> dict[str, 
         "router": normal(case.experts, case.width, scale=case.width**-0.5).requires_grad_(),
     }
     if case.gates == "token":
-        logits = torch.randn(case.tokens, case.experts, generator=generator)
-        found["gates"] = torch.softmax(logits, -1).to(device, dtype).requires_grad_()
+        found["gates"] = torch.softmax(normal(case.tokens, case.experts).float(), -1).to(dtype).requires_grad_()
     elif case.gates == "sample":
         found["ids"] = (torch.arange(case.samples) % case.experts).to(device)
     return found

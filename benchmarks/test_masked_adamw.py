@@ -20,7 +20,8 @@ def masks_of(case: AdamWCase, generator: torch.Generator) -> list[Mask | None]:
     if case.mask == "no mask":
         return [None] * len(case.shapes)
     if case.mask == "half of the entries active":
-        return [Mask.elements(torch.rand(shape, generator=generator) < 0.5) for shape in case.shapes]
+        draws = (torch.rand(shape, generator=generator, device=generator.device) for shape in case.shapes)
+        return [Mask.elements(draw < 0.5) for draw in draws]
     active = torch.arange(case.experts) == 3 % case.experts
     return [Mask.experts(active, (case.rank,) * case.experts, dim) for dim in case.dims]
 
@@ -38,7 +39,7 @@ def refused(params: list[Tensor], masks: list[Mask | None]) -> str | None:
     mine, usual = copies(few), copies(few)
     truth = [param.detach().double().requires_grad_() for param in few]
     keep = [
-        torch.ones_like(param, dtype=torch.bool) if mask is None else mask.expand(param.shape)
+        torch.ones_like(param, dtype=torch.bool) if mask is None else mask.expand(param.shape).expand(param.shape)
         for param, mask in zip(few, masks, strict=False)
     ]
     for new, old in zip(truth, few, strict=True):
@@ -76,10 +77,10 @@ def contestants(params: list[Tensor], masks: list[Mask | None]) -> dict:
 
 def test_masked_adamw(benchmark, adamw_case: AdamWCase, device, rounds):
     case = adamw_case
-    generator = torch.Generator().manual_seed(0)
-    params = [torch.randn(shape, generator=generator).to(device).requires_grad_() for shape in case.shapes]
+    generator = torch.Generator(device).manual_seed(0)
+    params = [torch.randn(shape, generator=generator, device=device).requires_grad_() for shape in case.shapes]
     for param in params:
-        param.grad = torch.randn(param.shape, generator=generator).to(device)
+        param.grad = torch.randn(param.shape, generator=generator, device=device)
     masks = [None if mask is None else mask.to(device) for mask in masks_of(case, generator)]
     share = 1 / case.experts if case.mask.startswith("1 of") else 1.0
     record = Case("masked_adamw_", f"{case}, float32", bytes=int(share * PASSES * 4 * sum(p.numel() for p in params)))

@@ -17,16 +17,16 @@ NAMES = ("weighted sum and losses", "dx", "dweight")
 
 def test_route(benchmark, route_case: RouteCase, device, dtype, rounds):
     case = route_case
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
-        return (torch.randn(*shape, generator=generator) * scale).to(device, dtype)
+        return (torch.randn(*shape, generator=generator, device=device) * scale).to(dtype)
 
     given = {
         "x": normal(case.tokens, case.width).requires_grad_(),
         "weight": normal(case.experts, case.width, scale=case.width**-0.5).requires_grad_(),
     }
-    pull = torch.randn(case.tokens, case.experts, generator=generator).to(device)
+    pull = torch.randn(case.tokens, case.experts, generator=generator, device=device)
     one = torch.ones((), device=device)
     # x is read forward and once backward for the weight, its gradient is written
     work = 3 * given["x"].numel() * given["x"].element_size()
