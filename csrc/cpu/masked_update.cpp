@@ -65,28 +65,42 @@ void for_each_run(const Plan& plan, int64_t from, int64_t to, const Visit& visit
   }
 }
 
-MLLMCL_CLONES void adam_span(float* p, const float* g, float* m, float* v, int64_t count, const Adam& a) {
-  for (int64_t i = 0; i < count; ++i) {
-    const float grad = g[i] * a.scale;
-    const float mean = m[i] * a.beta1 + grad * a.rest1;
-    const float square = v[i] * a.beta2 + grad * grad * a.rest2;
-    m[i] = mean;
-    v[i] = square;
-    p[i] = p[i] * a.rate_decay - a.step_size * mean / (std::sqrt(square) * a.inverse_root + a.eps);
+// `blocks` stretches of `count` numbers, `stride` apart: one expert's columns of every row in a single call
+MLLMCL_CLONES void adam_span(float* p, const float* g, float* m, float* v, int64_t count, int64_t stride,
+                             int64_t blocks, const Adam& a) {
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t start = block * stride;
+    for (int64_t i = start; i < start + count; ++i) {
+      const float grad = g[i] * a.scale;
+      const float mean = m[i] * a.beta1 + grad * a.rest1;
+      const float square = v[i] * a.beta2 + grad * grad * a.rest2;
+      m[i] = mean;
+      v[i] = square;
+      p[i] = p[i] * a.rate_decay - a.step_size * mean / (std::sqrt(square) * a.inverse_root + a.eps);
+    }
   }
 }
 
+// Everything is computed, then the masked-out numbers are taken from what was there: no branch for each number.
 MLLMCL_CLONES void adam_span_masked(float* p, const float* g, float* m, float* v, const uint8_t* mask, uint8_t want,
                                     int64_t count, const Adam& a) {
-  for (int64_t i = 0; i < count; ++i) {
-    const bool keep = mask[i] == want;
-    const float grad = g[i] * a.scale;
-    const float mean = m[i] * a.beta1 + grad * a.rest1;
-    const float square = v[i] * a.beta2 + grad * grad * a.rest2;
-    const float moved = p[i] * a.rate_decay - a.step_size * mean / (std::sqrt(square) * a.inverse_root + a.eps);
-    m[i] = keep ? mean : m[i];
-    v[i] = keep ? square : v[i];
-    p[i] = keep ? moved : p[i];
+  float moved[kTile], means[kTile], squares[kTile];
+  for (int64_t from = 0; from < count; from += kTile) {
+    const int64_t n = std::min(kTile, count - from);
+    float *pt = p + from, *mt = m + from, *vt = v + from;
+    const float* gt = g + from;
+    const uint8_t* keep = mask + from;
+    for (int64_t i = 0; i < n; ++i) {
+      const float grad = gt[i] * a.scale;
+      const float mean = mt[i] * a.beta1 + grad * a.rest1;
+      const float square = vt[i] * a.beta2 + grad * grad * a.rest2;
+      means[i] = mean;
+      squares[i] = square;
+      moved[i] = pt[i] * a.rate_decay - a.step_size * mean / (std::sqrt(square) * a.inverse_root + a.eps);
+    }
+    for (int64_t i = 0; i < n; ++i) pt[i] = keep[i] == want ? moved[i] : pt[i];
+    for (int64_t i = 0; i < n; ++i) mt[i] = keep[i] == want ? means[i] : mt[i];
+    for (int64_t i = 0; i < n; ++i) vt[i] = keep[i] == want ? squares[i] : vt[i];
   }
 }
 
@@ -114,11 +128,27 @@ void update(const Slot& slot, const Plan& plan, int64_t begin, int64_t end, cons
       load_row(slot.v, slot.m_dtype, at, count, v);
     }
     if (by_element) adam_span_masked(param, grad, mean, square, plan.mask + at, want, count, a);
-    else adam_span(param, grad, mean, square, count, a);
+    else adam_span(param, grad, mean, square, count, count, 1, a);
     store_row(slot.p, slot.p_dtype, at, count, p);
     store_row(slot.m, slot.m_dtype, at, count, m);
     store_row(slot.v, slot.m_dtype, at, count, v);
   }
+}
+
+// Whole blocks [begin, end) of a tensor whose masked dimension is not the first: run by run, all blocks in one call.
+void update_blocks(const Slot& slot, const Plan& plan, int64_t begin, int64_t end, const Adam& a) {
+  const int64_t block = plan.n * plan.inner, blocks = (end - begin) / block;
+  for (const auto& run : plan.runs) {
+    const int64_t at = begin + run.first * plan.inner, count = (run.second - run.first) * plan.inner;
+    adam_span(static_cast<float*>(slot.p) + at, static_cast<const float*>(slot.g) + at,
+              static_cast<float*>(slot.m) + at, static_cast<float*>(slot.v) + at, count, block, blocks, a);
+  }
+}
+
+// Numbers of one unit of work: whole blocks where several fit.
+int64_t chunk_of(const Plan& plan) {
+  const int64_t block = plan.n * plan.inner;
+  return plan.kind >= 0 && block > 0 && block <= kChunk ? kChunk / block * block : kChunk;
 }
 
 // Units of work (tensor, first number) over all tensors; tensors without a number that may change have none.
@@ -126,7 +156,7 @@ std::vector<std::pair<int64_t, int64_t>> units(const std::vector<Plan>& plans) {
   std::vector<std::pair<int64_t, int64_t>> found;
   for (size_t i = 0; i < plans.size(); ++i) {
     if (plans[i].kind >= 0 && plans[i].runs.empty()) continue;
-    for (int64_t at = 0; at < plans[i].total; at += kChunk) found.emplace_back(static_cast<int64_t>(i), at);
+    for (int64_t at = 0; at < plans[i].total; at += chunk_of(plans[i])) found.emplace_back(static_cast<int64_t>(i), at);
   }
   return found;
 }
@@ -166,8 +196,10 @@ void masked_adamw(std::vector<Tensor> params, std::vector<Tensor> grads, std::ve
     for (int64_t unit = begin; unit < end; ++unit) {
       const Plan& plan = plans[work[unit].first];
       const Slot& slot = slots[work[unit].first];
-      const int64_t from = work[unit].second, to = std::min(from + kChunk, plan.total);
-      if (plan.kind >= 0) for_each_run(plan, from, to, [&](int64_t b, int64_t e) { update(slot, plan, b, e, a); });
+      const int64_t from = work[unit].second, to = std::min(from + chunk_of(plan), plan.total);
+      const bool plain = slot.p_dtype == Dtype::Float && slot.m_dtype == Dtype::Float;
+      if (plan.kind >= 0 && plain && plan.n * plan.inner <= kChunk) update_blocks(slot, plan, from, to, a);
+      else if (plan.kind >= 0) for_each_run(plan, from, to, [&](int64_t b, int64_t e) { update(slot, plan, b, e, a); });
       else update(slot, plan, from, to, a);
     }
   });
