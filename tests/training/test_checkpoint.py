@@ -71,6 +71,8 @@ def in_child(work) -> int:
     sys.stdout.flush()
     pid = os.fork()
     if pid == 0:
+        # the threads of a pool do not live on in a fork, so nothing may be handed to them
+        torch.set_num_threads(1)
         try:
             work()
         except BaseException:
@@ -331,6 +333,7 @@ def test_killed_at_random_moments(tmp_path):
         reading, writing = os.pipe()
         pid = os.fork()
         if pid == 0:
+            torch.set_num_threads(1)
             try:
                 for number in range(step + 1, step + 10_000):
                     tensors, state = content(number, size)
