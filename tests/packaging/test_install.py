@@ -49,8 +49,9 @@ def install(tree: Path, target: Path, **env: str) -> subprocess.CompletedProcess
 
 
 def use(target: Path, cwd: Path) -> list[str]:
-    # -P and the path before all others, so that the installed copy is the one that answers
-    code = f"import sys; sys.path.insert(0, {str(target)!r})\n{CHECK}"
+    # the installed copy has to answer, not an editable install of this tree, whose finder knows its modules by name
+    alone = "sys.meta_path[:] = [finder for finder in sys.meta_path if 'editable' not in repr(finder).lower()]"
+    code = f"import sys; sys.path.insert(0, {str(target)!r}); {alone}\n{CHECK}"
     done = run([sys.executable, "-P", "-c", code], cwd)
     assert done.returncode == 0, done.stderr
     return done.stdout.split("\n")
