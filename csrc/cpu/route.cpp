@@ -51,18 +51,25 @@ bool scores(const float* noisy, const uint8_t* allowed, const Row& rule, float* 
   return sound;
 }
 
-// the k best allowed experts, ties to the lowest index; the lowest allowed ones of a row without numbers
-void choose(const float* noisy, const uint8_t* allowed, bool sound, const Row& rule, uint8_t* taken, int32_t* indices) {
+// the k best allowed experts, best first, ties to the lowest index; the lowest allowed ones of a row without numbers
+void choose(const float* noisy, const uint8_t* allowed, bool sound, const Row& rule, float* best, uint8_t* taken,
+            int32_t* indices) {
   std::fill(taken, taken + rule.experts, uint8_t{0});
-  for (int64_t slot = 0; slot < rule.top_k; ++slot) {
-    int64_t best = -1;
-    for (int64_t e = 0; e < rule.experts; ++e) {
-      if (taken[e] || (allowed != nullptr && !allowed[e])) continue;
-      if (best < 0 || (sound && noisy[e] > noisy[best])) best = e;
+  int64_t found = 0;
+  for (int64_t e = 0; e < rule.experts; ++e) {
+    if (allowed != nullptr && !allowed[e]) continue;
+    const float value = sound ? noisy[e] : 0.0f;
+    if (found == rule.top_k && !(value > best[found - 1])) continue;
+    int64_t place = found < rule.top_k ? found++ : found - 1;
+    for (; place > 0 && value > best[place - 1]; --place) {
+      best[place] = best[place - 1];
+      indices[place] = indices[place - 1];
     }
-    indices[slot] = static_cast<int32_t>(best);
-    if (best >= 0) taken[best] = 1;
+    best[place] = value;
+    indices[place] = static_cast<int32_t>(e);
   }
+  for (int64_t slot = 0; slot < found; ++slot) taken[indices[slot]] = 1;
+  std::fill(indices + found, indices + rule.top_k, int32_t{-1});
 }
 
 void fill_gates(const float* probs, const uint8_t* taken, bool sound, const Row& rule, const int32_t* indices,
@@ -105,7 +112,7 @@ void router_gates(Tensor logits, std::optional<Tensor> noise, std::optional<Tens
   auto* to_values = static_cast<float*>(values.mutable_data_ptr());
   auto* to_indices = static_cast<int32_t*>(indices.mutable_data_ptr());
   torch::stable::parallel_for(0, tokens, grain(8 * experts), [&](int64_t begin, int64_t end) {
-    std::vector<float> noisy(experts);
+    std::vector<float> noisy(experts), best(top_k);
     std::vector<uint8_t> taken(experts);
     for (int64_t t = begin; t < end; ++t) {
       const float* row = from + t * experts;
@@ -114,7 +121,7 @@ void router_gates(Tensor logits, std::optional<Tensor> noise, std::optional<Tens
       float* prob = to_probs + t * experts;
       int32_t* index = to_indices + t * top_k;
       const bool sound = scores(noisy.data(), allowed, rule, prob);
-      choose(noisy.data(), allowed, sound, rule, taken.data(), index);
+      choose(noisy.data(), allowed, sound, rule, best.data(), taken.data(), index);
       fill_gates(prob, taken.data(), sound, rule, index, to_gates + t * experts, to_values + t * top_k);
     }
   });
