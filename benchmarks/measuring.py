@@ -125,6 +125,6 @@ def race(case: Case, contestants: dict[str, Callable], device: torch.device, rou
         for name in names[first:] + names[:first]:
             times[name].append(_seconds(contestants[name], device, flush))
     for name, values in times.items():
-        cuts = statistics.quantiles(values, n=5)
+        cuts = statistics.quantiles(values, n=5, method="inclusive")
         case.seconds[name] = (statistics.median(values), cuts[0], cuts[3])
     return case
