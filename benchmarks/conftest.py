@@ -85,7 +85,7 @@ def rounds(request, device) -> int:
 
 @pytest.fixture(scope="session", autouse=True)
 def roofline(request, device, dtype):
-    """What this machine does at best: FLOP/s of a large product, bytes/s of a large copy, before and after the cases."""
+    """This machine at best: FLOP/s of a large product, bytes/s of a large copy, before and after the cases."""
     tiny = request.config.getoption("--tiny")
     size = 512 if tiny else 8192 if device.type == "cuda" else 2048
     numbers = (2 if tiny else 256 if device.type == "cuda" else 64) * 2**20
