@@ -14,6 +14,7 @@ from types import ModuleType
 
 import numpy as np
 import PIL
+import PIL.features
 
 from ..assets import ASSETS, cache_dir
 from ..files import atomic_write
@@ -75,7 +76,7 @@ def _shuffled(count: int, random: np.random.Generator) -> Iterator[int]:
 
 
 def build_stream(
-    module: ModuleType | str,
+    module: ModuleType,
     name: str,
     recipes: Sequence[Recipe],
     note: str,
@@ -107,12 +108,14 @@ def build_stream(
 
 
 def _code_digest(module: ModuleType) -> str:
-    """Of everything that decides the pictures: this file, the drawing, the stream's own file and the data's hashes."""
+    """Of all that decides the pictures: this file, seeds, drawing, the stream's own file, data and libraries."""
+    from .. import seeds
     from . import drawing
 
-    sources = [inspect.getsource(part) for part in (inspect.getmodule(_code_digest), drawing, module)]
+    sources = [inspect.getsource(part) for part in (inspect.getmodule(_code_digest), seeds, drawing, module)]
     facts = {key: value.sha256 for key, value in ASSETS.items()}
-    versions = [np.__version__, PIL.__version__]
+    # one Pillow may stand on different libraries that draw glyphs and decode photographs
+    versions = [np.__version__, PIL.__version__, *(PIL.features.version(part) for part in ("freetype2", "jpg"))]
     return hashlib.sha256(json.dumps([sources, facts, versions]).encode()).hexdigest()
 
 

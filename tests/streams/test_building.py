@@ -123,9 +123,13 @@ def test_tasks_do_not_depend_on_each_other(name, request, home):
 
 @pytest.mark.network
 def test_second_load_is_quick(domain, home):
-    start = time.perf_counter()
-    assert fingerprint(streams.load("pocket-domain"))
-    assert time.perf_counter() - start < 5.0
+    def seconds():
+        start = time.perf_counter()
+        streams.load("pocket-domain")
+        return time.perf_counter() - start
+
+    # the best of three: the machine may be busy
+    assert min(seconds() for _ in range(3)) < 1.0
 
 
 @pytest.mark.network
