@@ -145,7 +145,7 @@ def _record(case: Case, best: dict[str, float]) -> dict:
     seconds = {name: {"median": m, "p20": low, "p80": high} for name, (m, low, high) in case.seconds.items()}
     rates = {name: {"per_second": rate, "share": share} for name, (rate, share) in _rates(case, best).items()}
     return {
-        "op": case.group, "case": case.name, "providers": case.providers, "seconds": seconds,
+        "op": case.group, "case": case.name, "providers": case.providers, "rounds": case.rounds, "seconds": seconds,
         "peer_over_ours": case.ratios(), "flops": case.flops, "bytes": case.bytes, "rates": rates,
         "refused": case.refused, "notes": case.notes,
     }  # fmt: skip
@@ -153,7 +153,7 @@ def _record(case: Case, best: dict[str, float]) -> dict:
 
 def _lines(case: Case, best: dict[str, float]):
     ran = ", ".join(f"{op} {backend}" for op, backend in case.providers.items())
-    yield f"{case.group}: {case.name}" + (f"  [{ran}]" if ran else "")
+    yield f"{case.group}: {case.name}" + (f"  [{ran}; {case.rounds} rounds]" if case.rounds else "")
     rates, ratios = _rates(case, best), case.ratios()
     unit = "GFLOP/s" if case.flops else "GB/s"
     for name, (median, low, high) in case.seconds.items():
