@@ -30,6 +30,7 @@ class Case:
     seconds   of every contestant: median, 20th and 80th percentile
     providers which backend ran each op when ours was called
     refused   contestants that were not timed, and why
+    rounds    how often each of them ran
     flops, bytes    work of the step at the limit of the hardware; the one that is given is told against the machine's
     """
 
