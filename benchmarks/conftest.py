@@ -153,7 +153,11 @@ def _record(case: Case, best: dict[str, float]) -> dict:
 
 def _lines(case: Case, best: dict[str, float]):
     ran = ", ".join(f"{op} {backend}" for op, backend in case.providers.items())
-    yield f"{case.group}: {case.name}" + (f"  [{ran}; {case.rounds} rounds]" if case.rounds else "")
+    yield (
+        f"{case.group}: {case.name}"
+        + (f"  [{ran}]" if ran else "")
+        + (f"  {case.rounds} rounds" if case.rounds else "")
+    )
     rates, ratios = _rates(case, best), case.ratios()
     unit = "GFLOP/s" if case.flops else "GB/s"
     for name, (median, low, high) in case.seconds.items():
