@@ -175,6 +175,14 @@ def check_ids(op: str, ids: Tensor, experts: int) -> None:
         expect(False, op, "gates", f"ids in -1..{experts - 1}", f"{int(ids.flatten()[where])} at position {where}")
 
 
+def in_one_dtype(x: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
+    """x as `[T, d_in]` and the other tensors in its dtype, or in that of an active autocast."""
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    flat = x.reshape(-1, x.shape[-1])
+    return [None if tensor is None else tensor.to(dtype) for tensor in (flat, *tensors)]
+
+
 def check_dropout(op: str, dropout: float) -> float:
     expect(
         isinstance(dropout, (int, float)) and 0.0 <= dropout < 1.0, op, "dropout", "a probability in [0, 1)", dropout
@@ -259,13 +267,8 @@ def lora_mix(
     elif flat is not None and flat.dtype != torch.float64:
         flat = flat.float()
     seed = draw_seed(x.device) if dropout > 0.0 else None
-    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
     y, _ = lora_mix_op(
-        x.reshape(-1, x.shape[-1]).to(dtype),
-        weight.to(dtype),
-        None if bias is None else bias.to(dtype),
-        lora_a.to(dtype),
-        lora_b.to(dtype),
+        *in_one_dtype(x, weight, bias, lora_a, lora_b),
         flat,
         seed,
         ranks,

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from ...checks import expect
 from ...dropout import draw_seed
 from ...op import Cost, Op
 from ..lora_mix import _cost as mix_cost
-from ..lora_mix import check_dropout, check_layer, resolve_per_expert, resolve_ranks
+from ..lora_mix import check_dropout, check_layer, in_one_dtype, resolve_per_expert, resolve_ranks
 from ..route import Routing, check_options, check_router, fake_routing, wrap_routing
 from .reference import lora_mix_routed_backward_reference, lora_mix_routed_reference
 from .samples import backward_samples, bad_samples, samples
@@ -133,14 +132,8 @@ def lora_mix_routed(
     trainable = resolve_per_expert(op, "trainable", True if trainable is None else trainable, experts, bool)
     dropout = check_dropout(op, dropout)
     top_k, flat_mask, drawn = check_options(op, x, experts, top_k, score, temperature, noise, expert_mask, token_mask)
-    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-    layer = [
-        None if tensor is None else tensor.to(dtype)
-        for tensor in (weight, bias, lora_a, lora_b, router_weight, router_bias)
-    ]
     y, _, *routing = lora_mix_routed_op(
-        x.reshape(-1, x.shape[-1]).to(dtype),
-        *layer,
+        *in_one_dtype(x, weight, bias, lora_a, lora_b, router_weight, router_bias),
         drawn,
         flat_mask,
         draw_seed(x.device) if dropout > 0.0 else None,
