@@ -10,13 +10,10 @@ import platform
 __all__ = ["check_model_batching", "diagnose"]
 
 PACKAGES = (
-    "torch",
-    "triton",
     "transformers",
     "safetensors",
     "peft",
     "gguf",
-    "scikit-image",
     "matplotlib",
     "jsonargparse",
 )
@@ -31,23 +28,14 @@ def _version(name: str) -> str:
 
 def diagnose() -> str:
     """A text: versions, devices, kernel backends and the reasons for those that are missing, caches."""
-    import torch
-
-    from mllmcl_kernels.library import backends, build_info
+    from mllmcl_kernels.info import report
 
     from . import __version__
     from .assets import cache_dir
 
-    lines = [f"mllmcl {__version__}, Python {platform.python_version()}, {platform.platform()}"]
+    lines = [f"mllmcl {__version__}, {platform.platform()}, {os.cpu_count()} CPU cores"]
     lines += [f"  {name:<14}{_version(name)}" for name in PACKAGES]
-    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    lines.append(
-        f"devices: {', '.join(devices) or 'no CUDA device'}; {torch.get_num_threads()} of {os.cpu_count()} CPU cores"
-    )
-    lines.append("kernel backends (python -m mllmcl_kernels.info tells more):")
-    lines += [f"  {name:<14}{state}" for name, state in backends().items()]
-    info = build_info()
-    lines += [f"  {name:<14}{value}" for name, value in info.items()]
+    lines += ["", report(), ""]
     lines.append(f"cache: {cache_dir()}")
     return "\n".join(lines)
 
