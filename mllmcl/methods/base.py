@@ -35,9 +35,8 @@ class Method:
     """Base of all methods: hooks that do nothing.
 
     The training loop calls, for each task: `on_task_start`, then for each of `phases(...)`: `on_phase_start` and its
-    steps (`before_forward`, `loss`, `before_step`, `after_step`), then `on_task_end`; evaluation uses the
-    `mllm.router` that the method has set. `on_task_start` and `on_task_end` may run twice for one task,
-    after a resume; what
+    steps (`before_forward`, `loss`, `before_step`, `after_step`), then `on_task_end`; evaluation uses the `mllm.router`
+    that the method has set. `on_task_start` and `on_task_end` may run twice for one task, after a resume; what
     `state_tensors` and `state_values` give is saved with every checkpoint and handed to `load_state`.
     """
 
