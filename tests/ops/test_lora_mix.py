@@ -78,8 +78,8 @@ def test_equals_the_loop_over_experts(shape, seed, kind, transposed, backend):
 
 
 def close(ours, theirs):
-    """Equal up to another order of float32 sums."""
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    """Equal up to another order of float32 sums, whose error grows with the largest entries."""
+    torch.testing.assert_close(ours, theirs, rtol=0.0, atol=1e-5 * float(theirs.abs().max()))
 
 
 def gradients(run, *tensors):
