@@ -2,6 +2,7 @@
 
 from .library import backends
 from .masks import Mask
+from .ops.distillation_loss import distillation_loss, teacher_top_k
 from .ops.lora_mix import lora_mix
 from .ops.lora_mix_routed import lora_mix_routed
 from .ops.mask_grads import mask_grads_
@@ -15,10 +16,12 @@ __all__ = [
     "MaskedAdamW",
     "Routing",
     "backends",
+    "distillation_loss",
     "lora_mix",
     "lora_mix_routed",
     "mask_grads_",
     "masked_adamw_",
     "route",
     "soft_target_cross_entropy",
+    "teacher_top_k",
 ]

@@ -24,11 +24,13 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from mllmcl_kernels import triton_tools  # noqa: E402
+from mllmcl_kernels.ops.distillation_loss import triton as distillation_loss  # noqa: E402
 from mllmcl_kernels.ops.lora_mix import triton as lora_mix  # noqa: E402
 from mllmcl_kernels.ops.lora_mix_routed import triton as lora_mix_routed  # noqa: E402
 from mllmcl_kernels.ops.mask_grads import triton as mask_grads  # noqa: E402
 from mllmcl_kernels.ops.masked_adamw import triton as masked_adamw  # noqa: E402
 from mllmcl_kernels.ops.route import triton as route  # noqa: E402
+from mllmcl_kernels.ops.soft_target_cross_entropy import triton as soft_target  # noqa: E402
 
 ARCHITECTURES = {80: 163 * 1024, 90: 227 * 1024}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -120,6 +122,18 @@ def route_calls(dtype: torch.dtype, tokens: int, experts: int, top_k: int, score
     route.logits_gradient_triton(*saved, score, 1.0, True, False, low=x[:, :experts])
 
 
+def loss_calls(dtype: torch.dtype, vocabulary: int, entries: int, tokens: int = 2048, width: int = 4096) -> None:
+    """Losses on a linear head, with and without gradients; teachers of all logits and of a few entries."""
+    head = (empty(tokens, width, dtype=dtype), empty(vocabulary, width, dtype=dtype), None, None)
+    labels, full = empty(tokens, dtype=torch.int64), empty(tokens, vocabulary, dtype=dtype)
+    cached = empty(tokens, entries, dtype=torch.float32), empty(tokens, entries, dtype=torch.int64)
+    for needs in ([True, False, False], [False] * 3):
+        for alpha in (0.0, 0.01):
+            soft_target.soft_target_cross_entropy_triton(*head, labels, alpha, -100, None, needs)
+        for teacher, indices in ((full, None), cached):
+            distillation_loss.distillation_loss_triton(*head, teacher, indices, None, 2.0, None, needs)
+
+
 def optimizer_calls(dtype: torch.dtype) -> None:
     params, moments, mask = [empty(64, 64, dtype=dtype)], [empty(64, 64, dtype=torch.float32)], torch.uint8
     masks, number = [empty(64, dtype=mask)], torch.tensor(1.0, dtype=torch.float64)
@@ -148,6 +162,8 @@ def launches(dtype: torch.dtype, architecture: int) -> list[Launch]:
         mix_calls(dtype, 16384, rank=16, experts=4, dropout=0.0)
         route_calls(dtype, 8192, 8, 2, "softmax")
         route_calls(dtype, 8192, 64, 8, "cosine")
+        loss_calls(dtype, 32000, 64)
+        loss_calls(dtype, 50257, 5)
         if dtype != torch.float16:
             # kernels without a product in x's dtype
             route_calls(dtype, 8192, 512, 8, "sigmoid")

@@ -138,7 +138,7 @@ def test_the_api_is_the_documented_one():
 
     assert set(mllmcl_kernels.__all__) == {
         "Mask", "MaskedAdamW", "Routing", "backends", "lora_mix", "lora_mix_routed", "mask_grads_", "masked_adamw_",
-        "route", "soft_target_cross_entropy",
+        "route", "soft_target_cross_entropy", "distillation_loss", "teacher_top_k",
     }  # fmt: skip
     for name in mllmcl.__all__:
         assert getattr(mllmcl, name) is not None
