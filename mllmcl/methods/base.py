@@ -46,6 +46,8 @@ class Method:
     stores: ClassVar[str] = ""
     at_test: ClassVar[str] = ""
     deviations: ClassVar[str] = "none"
+    #: whether an expert, once its task has ended, never changes: an item routed to it keeps its answer
+    isolated: ClassVar[bool] = False
     #: used where the run's configuration names none
     learning_rate: ClassVar[float] = 1e-3
 

@@ -41,6 +41,7 @@ class MrLora(LoraMethod):
         "routes on line in mixed batches, where the public code joins stored answers; the letter router goes on from "
         "its last state, knows only tasks seen, and compares letters instead of decoding"
     )
+    isolated: ClassVar[bool] = True
 
     router: Literal["prototype", "mllm", "oracle"] = "prototype"
     prototypes: int = 4

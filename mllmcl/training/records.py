@@ -187,9 +187,19 @@ def predict(run: Run, tasks: Sequence[Task], progress: Progress) -> list[Predict
         scorer={task.name: task.scorer for task in tasks},
         batch_size=run.config.eval_batch_size,
         max_new_tokens=run.config.max_new_tokens,
+        answered=_answered(run) if run.method.isolated else None,
         progress=progress.advance,
     )
     return [item if item.expert is None else replace(item, expert=run.method.task_of(item.expert)) for item in found]
+
+
+def _answered(run: Run) -> dict[tuple[str, int], str]:
+    """What experts that have not changed since answered at the last evaluation: (item id, expert) -> answer."""
+    current = run.position.task
+    last = read_predictions(run.folder).get(current - 1 if current else None, [])
+    count = 0 if run.mllm.experts is None else run.mllm.experts.num_experts
+    experts = {**{run.method.task_of(expert): expert for expert in range(count)}, -1: -1}
+    return {(item.id, experts[item.expert]): item.prediction for item in last if item.expert not in (None, current)}
 
 
 def note_evaluation(run: Run, after: int | None, found: list[Prediction], seconds: float) -> None:
