@@ -78,28 +78,27 @@ class Mask:
         """The same mask on another device."""
         return Mask(self.tensor.to(device), self.kind, self.active)
 
+    def fits(self, parameter: Tensor) -> bool:
+        """Whether this mask can be laid over `parameter`."""
+        have = self.tensor
+        if have.device != parameter.device:
+            return False
+        if self.kind < 0:
+            return have.shape == parameter.shape
+        return self.kind < parameter.dim() and have.shape[0] == parameter.shape[self.kind]
+
     def check(self, op: str, argument: str, parameter: Tensor) -> None:
         """Raise ValueError unless this mask fits `parameter`."""
-        shape = list(parameter.shape)
-        if self.kind in (ELEMENTS, OWNER):
-            expect(
-                list(self.tensor.shape) == shape,
-                op,
-                argument,
-                f"of the parameter's shape {shape}",
-                list(self.tensor.shape),
-            )
+        if self.fits(parameter):
+            return
+        shape, have = list(parameter.shape), list(self.tensor.shape)
+        if self.kind < 0:
+            expect(have == shape, op, argument, f"of the parameter's shape {shape}", have)
         else:
-            expect(self.kind < parameter.dim(), op, argument, f"over a dimension below {parameter.dim()}", self.kind)
-            rows = parameter.shape[self.kind]
-            expect(
-                self.tensor.shape[0] == rows,
-                op,
-                argument,
-                f"[{rows}], the length of dimension {self.kind}",
-                list(self.tensor.shape),
-            )
-        expect(self.tensor.device == parameter.device, op, argument, f"on {parameter.device}", self.tensor.device)
+            expect(self.kind < len(shape), op, argument, f"over a dimension below {len(shape)}", self.kind)
+            rows = shape[self.kind]
+            expect(have[0] == rows, op, argument, f"[{rows}], the length of dimension {self.kind}", have)
+        expect(False, op, argument, f"on {parameter.device}", self.tensor.device)
 
     def expand(self, shape: Sequence[int]) -> Tensor:
         """The mask as bool, broadcastable to a parameter of `shape`."""
@@ -129,12 +128,15 @@ def flatten_masks(
     if masks is None:
         masks = [None] * len(tensors)
     expect(len(masks) == len(tensors), op, "masks", f"None or one for each of the {len(tensors)} tensors", len(masks))
+    nothing = tensors[0].new_empty(0, dtype=torch.uint8) if tensors else None
     flat = []
     for index, (tensor, mask) in enumerate(zip(tensors, masks, strict=True)):
         if mask is None:
-            flat.append((tensor.new_empty(0, dtype=torch.uint8), NONE, 0))
+            flat.append((nothing, NONE, 0))
             continue
-        expect(isinstance(mask, Mask), op, f"masks[{index}]", "a Mask or None", type(mask).__name__, TypeError)
-        mask.check(op, f"masks[{index}]", tensor)
+        if not isinstance(mask, Mask):
+            expect(False, op, f"masks[{index}]", "a Mask or None", type(mask).__name__, TypeError)
+        if not mask.fits(tensor):
+            mask.check(op, f"masks[{index}]", tensor)
         flat.append((mask.tensor.contiguous(), mask.kind, mask.active))
     return [item[0] for item in flat], [item[1] for item in flat], [item[2] for item in flat]

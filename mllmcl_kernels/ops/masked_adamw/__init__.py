@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...checks import expect, expect_device, expect_floating, expect_tensor
+from ...checks import expect, expect_like
 from ...masks import Mask, flatten_masks
 from ...op import Cost, Op
 from .reference import masked_adamw_reference
@@ -45,16 +45,12 @@ def _number(op: str, argument: str, value: float | Tensor, low: float, text: str
 
 
 def _check_lists(op: str, params, grads, exp_avgs, exp_avg_sqs) -> None:
-    for name, tensors in (("grads", grads), ("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
+    lists = (("params", params), ("grads", grads), ("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs))
+    for name, tensors in lists:
         expect(len(tensors) == len(params), op, name, f"as many as params = {len(params)}", len(tensors))
-    for name, tensors in (("params", params), ("grads", grads), ("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
-        for index, (tensor, parameter) in enumerate(zip(tensors, params, strict=True)):
-            label = f"{name}[{index}]"
-            expect_tensor(op, label, tensor)
-            expect_floating(op, label, tensor)
-            shape = list(parameter.shape)
-            expect(list(tensor.shape) == shape, op, label, f"of the parameter's shape {shape}", list(tensor.shape))
-            expect_device(op, label, tensor, params[0].device)
+    for name, tensors in lists:
+        for index, (tensor, like) in enumerate(zip(tensors, params, strict=True)):
+            expect_like(op, name, index, tensor, like, params[0])
 
 
 @torch.no_grad()
