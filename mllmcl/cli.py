@@ -284,7 +284,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"mllmcl: no command {arguments[0]!r}{hint}\n\n{usage()}", file=sys.stderr)
         return USAGE
     # a thread that waits for another gives its core away; spinning makes a step ten times longer on a busy machine
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     signal.signal(signal.SIGTERM, _on_terminate)
     try:
         return COMMANDS[arguments[0]][0](arguments[1:])
