@@ -2,6 +2,7 @@
 
 from .library import backends
 from .masks import Mask
+from .ops.ema_update import ema_update_
 from .ops.lora_mix import lora_mix
 from .ops.lora_mix_routed import lora_mix_routed
 from .ops.mask_grads import mask_grads_
@@ -14,6 +15,7 @@ __all__ = [
     "MaskedAdamW",
     "Routing",
     "backends",
+    "ema_update_",
     "lora_mix",
     "lora_mix_routed",
     "mask_grads_",
