@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...masks import ELEMENTS
+from ...masks import ELEMENTS, NONE
 from ...triton_tools import CHUNK, by_dtypes, chunk_mask, device_tables, dtypes_reason, is_wide, launch, table_rows
 from . import ema_update_op
 from .reference import CONSTANT, DEMA, PEMA
@@ -132,13 +132,13 @@ def _terms(row_ptr, third_like_ptr, fourth_like_ptr, entries, keep, MODE: tl.con
 
 @triton.jit
 def _dema_weight(moved, size, turned, factor, fallback):
-    weight = tl.div_rn(factor * (1.0 + size), moved * turned)
+    weight = factor * (1.0 + size) / (moved * turned)
     return tl.where((weight > 0.0) & (weight < 1.0), weight, fallback)
 
 
 @triton.jit
 def _pema_weight(mean_moved, mean_square, moved, square, base):
-    weight = base * tl.div_rn(mean_moved, moved) * tl.div_rn(mean_square, square)
+    weight = base * (mean_moved / moved) * (mean_square / square)
     weight = tl.where(weight < 0.1 * base, 0.1 * base, weight)
     weight = tl.where(weight > 1.0, 1.0, weight)
     return tl.where(weight == weight, weight, base)
@@ -208,11 +208,10 @@ def _ema_update_kernel(
         w = _dema_weight(moved, size, turned, factor, weight)
     if MODE == _PEMA:
         moved, square, count = _totals(sums_ptr, num_units, unit_ptr + 8, PARTS)
-        mean_moved, mean_square = tl.div_rn(moved, count), tl.div_rn(square, count)
+        mean_moved, mean_square = moved / count, square / count
         if not EACH:
             moved, square, count = _totals(sums_ptr, num_units, unit_ptr + 6, PARTS)
-            moved, square = tl.div_rn(moved, count), tl.div_rn(square, count)
-            w = _pema_weight(mean_moved, mean_square, moved, square, weight)
+            w = _pema_weight(mean_moved, mean_square, moved / count, square / count, weight)
     a_ptr = tl.load(row_ptr).to(a_like_ptr.dtype)
     for start in range(first, end, BLOCK):
         places = start + tl.arange(0, BLOCK)
@@ -260,6 +259,8 @@ def ema_update_triton(
 ):  # fmt: skip
     """Two launches at most for each combination of dtypes; weights stay on the device."""
     lists = [tensors for tensors in (averages, params, grads, previous_grads, squared_grads) if tensors]
+    if mode == CONSTANT:
+        groups = [NONE] * len(groups)
     each, sliced = ELEMENTS in groups, any(group >= 0 for group in groups)
     for flat, (masks_here, kinds_here, actives_here, groups_here) in by_dtypes(
         lists, (0,), masks, kinds, actives, groups
