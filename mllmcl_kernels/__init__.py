@@ -2,6 +2,9 @@
 
 from .library import backends
 from .masks import Mask
+from .ops.anchor_grad import anchor_grad_
+from .ops.ema_update import ema_update_
+from .ops.importance_update import importance_update_
 from .ops.lora_mix import lora_mix
 from .ops.lora_mix_routed import lora_mix_routed
 from .ops.mask_grads import mask_grads_
@@ -13,7 +16,10 @@ __all__ = [
     "Mask",
     "MaskedAdamW",
     "Routing",
+    "anchor_grad_",
     "backends",
+    "ema_update_",
+    "importance_update_",
     "lora_mix",
     "lora_mix_routed",
     "mask_grads_",
