@@ -434,9 +434,17 @@ class MLLM:
         """Logits `[n, V]` that predict `batch.answer_labels`; no other position goes through the head."""
         return self.head(self.answer_hidden(batch))
 
+    @property
+    def head_weight(self) -> Tensor:
+        """The head as a matrix `[V, D]`; ValueError if it adds a bias, which losses that hold it would miss."""
+        if getattr(self.head, "bias", None) is not None:
+            raise ValueError(f"the head of {type(self.model).__name__} has a bias, which this loss does not support")
+        return self.head.weight
+
     def loss(self, batch: Batch) -> Tensor:
-        """Mean cross entropy over answer and end tokens, a float32 scalar."""
-        return F.cross_entropy(self.answer_logits(batch).float(), batch.answer_labels)
+        """Mean cross entropy over answer and end tokens, a scalar in float32 or better."""
+        logits = self.answer_logits(batch)
+        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), batch.answer_labels)
 
     def _in_batch(self, batch: Batch) -> contextlib.AbstractContextManager:
         state = self.experts
