@@ -11,6 +11,14 @@ from mllmcl_kernels import MaskedAdamW
 
 from ..models.tiny import make_composed
 
+#: every method, and options that make it another
+EVERY = [(name, {}) for name in methods.available()] + [
+    ("mr_lora", {"router": "oracle"}),
+    ("mr_lora", {"router": "mllm", "router_epochs": 1.0}),
+    ("der_pp", {"capacity": 12}),
+    ("msgm", {"share": 0.25}),
+]
+
 
 def prepared(name: str, options: dict, stream, task: int):
     """A float64 model with the method in it, standing in a task, B and routers not zero; earlier tasks have ended."""

@@ -14,7 +14,7 @@ from mllmcl.methods.routers import cluster
 
 from ..models.tiny import make_composed
 from ..training.made_up_run import make_stream
-from .stepping import our_step, trainable
+from .stepping import EVERY, our_step, trainable
 
 
 @pytest.fixture(scope="module")
@@ -58,12 +58,6 @@ def restore(mllm, method, held: dict) -> None:
 
 def items(stream, count=4):
     return [sample for task in stream.tasks for sample in task.test[:count]]
-
-
-#: every method, and options that make it another
-EVERY = [(name, {}) for name in methods.available()] + [
-    ("mr_lora", {"router": router}) for router in ("oracle", "mllm")
-]
 
 
 @pytest.mark.parametrize(("name", "options"), EVERY, ids=str)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from mllmcl import methods
 from mllmcl.training import loop
 
+from ..methods.stepping import EVERY
 from .made_up_run import make_run
 from .test_loop import same_end
 
@@ -20,9 +20,9 @@ class Cut(Exception):
     pass
 
 
-@pytest.mark.parametrize("name", methods.available())
-def test_a_run_that_is_cut_off_ends_the_same(name, tmp_path, monkeypatch):
-    make_run(tmp_path / "whole", name, **CONFIG)
+@pytest.mark.parametrize(("name", "options"), EVERY, ids=str)
+def test_a_run_that_is_cut_off_ends_the_same(name, options, tmp_path, monkeypatch):
+    make_run(tmp_path / "whole", name, options, **CONFIG)
     original, count = loop._checkpoint, [0]
 
     def checkpoint(*args, **kwargs):
@@ -35,8 +35,15 @@ def test_a_run_that_is_cut_off_ends_the_same(name, tmp_path, monkeypatch):
     cuts = 0
     while not (tmp_path / "cut" / "metrics.json").exists():
         try:
-            make_run(tmp_path / "cut", name, **CONFIG)
+            make_run(tmp_path / "cut", name, options, **CONFIG)
         except Cut:
             cuts += 1
     assert cuts >= 3
     same_end(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.parametrize(("name", "options"), EVERY, ids=str)
+def test_every_method_runs_in_bf16_with_accumulated_and_recomputed_batches(name, options, tmp_path):
+    config = {"bf16": True, "gradient_checkpointing": True, "per_device_train_batch_size": 3, "max_steps": 1}
+    report = make_run(tmp_path, name, options, **CONFIG, **config, gradient_accumulation_steps=2)
+    assert report.matrix.num_learned == 3
