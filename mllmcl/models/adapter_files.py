@@ -286,7 +286,8 @@ def export_expert(mllm, expert_index: int, folder: str | os.PathLike) -> Path:
         folder,
         layers,
         scaling=scaling[expert_index],
-        description=f"Expert {expert_index} of {len(ranks)} (counted from 0) of a continual-learning run with mllmcl.",
+        description=f"Expert {expert_index} of {len(ranks)} (counted from 0) of a continual-learning run with mllmcl."
+        + _merged_note(mllm.experts.num_merged),
         projector=_projector(mllm, expert_index),
         router=_routers(mllm),
         **_belongs_to(mllm),
@@ -319,6 +320,15 @@ def export_mixture(mllm, gates: Tensor | Sequence[float], folder: str | os.PathL
         description=f"Mixture of {len(ranks)} experts with the constant gates {told}, from a run with mllmcl.",
         projector=_projector(mllm, None),
         **_belongs_to(mllm),
+    )
+
+
+def _merged_note(num_merged: int) -> str:
+    if not num_merged:
+        return ""
+    return (
+        f" It does not go on the published base: experts were merged into the weights of its linears {num_merged} "
+        "times before, and the run's checkpoints hold those weights."
     )
 
 

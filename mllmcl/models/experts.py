@@ -59,6 +59,7 @@ class ExpertState:
     router_top_k: experts kept for each token; None keeps all.
     router_options: further keyword arguments of `mllmcl_kernels.lora_mix_routed`.
     collect: keep the last `Routing` of each layer in `routings`, for auxiliary losses and load statistics.
+    num_merged: how often the experts were merged into the base weights.
     """
 
     ranks: tuple[int, ...]
@@ -71,6 +72,7 @@ class ExpertState:
     collect: bool = False
     routings: dict = field(default_factory=dict)
     selection: Selection = field(default_factory=Selection)
+    num_merged: int = 0
 
     @property
     def num_experts(self) -> int:
@@ -192,6 +194,19 @@ class ExpertLinear(nn.Module):
         if self.router_weight is not None:
             router = fresh_router(num_experts, self.in_features, device)
             self.router_weight = _regrown(self.router_weight, router, dim=0)
+
+    def product(self) -> Tensor:
+        """What the experts add to the base weight where each weighs 1, `[N, K]`: sum_e scaling_e B_e A_e."""
+        state, b_NR = self.state, self.lora_b
+        scaling_R = torch.tensor(state.scaling, dtype=b_NR.dtype).repeat_interleave(torch.tensor(state.ranks))
+        return (b_NR * scaling_R.to(b_NR.device)) @ self.lora_a
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add `product()` to the base weight, rounded once to its dtype; then A is drawn anew and B is 0."""
+        self.weight.add_(self.product())
+        self.lora_a.copy_(fresh_lora_a(*self.lora_a.shape, self.lora_a.device))
+        self.lora_b.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
         state, selection = self.state, self.state.selection

@@ -216,6 +216,38 @@ class MLLM:
         experts_grown(self, num, rank, alpha)
         return self
 
+    def merge_experts(self) -> MLLM:
+        """Add the experts, each with weight 1, to the base weights of their linears and start them anew: B is 0.
+
+        From then on those base weights belong to what was learned: save `merged_weights` and give them to
+        `load_merged_weights`. Projector copies stay as they are.
+
+        Raises:
+            ValueError: there are no experts, or a learned router weighs them differently for each token.
+        """
+        if self.experts is None:
+            raise ValueError("there are no experts to merge, call add_experts first")
+        if self.experts.router is not None:
+            raise ValueError("experts that a learned router mixes token by token cannot be merged into one weight")
+        for layer in self.expert_layers.values():
+            layer.merge()
+        self.experts.num_merged += 1
+        return self
+
+    def merged_weights(self) -> dict[str, Tensor]:
+        """Name to data of the base weights that experts were merged into; empty before the first merge. Not copied."""
+        if self.experts is None or not self.experts.num_merged:
+            return {}
+        return {f"{path}.weight": layer.weight.detach() for path, layer in self.expert_layers.items()}
+
+    def load_merged_weights(self, weights: dict[str, Tensor], num_merged: int) -> None:
+        """Copy what `merged_weights` gave, after `num_merged` merges, into the base weights."""
+        if num_merged:
+            with torch.no_grad():
+                for path, layer in self.expert_layers.items():
+                    layer.weight.copy_(weights[f"{path}.weight"])
+        self.experts.num_merged = num_merged
+
     def set_trainable(
         self, experts: Sequence[bool] | None = None, *, projector: bool = False, router: bool = False
     ) -> MLLM:
@@ -434,9 +466,17 @@ class MLLM:
         """Logits `[n, V]` that predict `batch.answer_labels`; no other position goes through the head."""
         return self.head(self.answer_hidden(batch))
 
+    @property
+    def head_weight(self) -> Tensor:
+        """The head as a matrix `[V, D]`; ValueError if it adds a bias, which losses that hold it would miss."""
+        if getattr(self.head, "bias", None) is not None:
+            raise ValueError(f"the head of {type(self.model).__name__} has a bias, which this loss does not support")
+        return self.head.weight
+
     def loss(self, batch: Batch) -> Tensor:
-        """Mean cross entropy over answer and end tokens, a float32 scalar."""
-        return F.cross_entropy(self.answer_logits(batch).float(), batch.answer_labels)
+        """Mean cross entropy over answer and end tokens, a scalar in float32 or better."""
+        logits = self.answer_logits(batch)
+        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), batch.answer_labels)
 
     def _in_batch(self, batch: Batch) -> contextlib.AbstractContextManager:
         state = self.experts
