@@ -478,6 +478,28 @@ class MLLM:
         logits = self.answer_logits(batch)
         return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), batch.answer_labels)
 
+    def perplexity(self, text: str, *, window: int = 256, batch_size: int = 8) -> float:
+        """Perplexity of plain text, without a prompt's template: exp of the mean negative log likelihood of a token.
+
+        Args:
+            text: at least `window` tokens; it is cut into windows, and what is left at the end is not used. The first
+                token of a window is given.
+
+        Raises:
+            ValueError: the text is shorter than a window.
+        """
+        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        rows = [ids[start : start + window] for start in range(0, len(ids) - window + 1, window)]
+        if not rows:
+            raise ValueError(f"text: expected at least {window} tokens, got {len(ids)}")
+        total = torch.zeros((), device=self.device)
+        for start in range(0, len(rows), batch_size):
+            part = rows[start : start + batch_size]
+            encoded = Encoded(ids=[row[:1] for row in part], images={}, token_extras={})
+            with torch.inference_mode():
+                total += self.loss(self._padded((), encoded, [row[1:] for row in part])) * len(part)
+        return float(torch.exp(total / len(rows)))
+
     def _in_batch(self, batch: Batch) -> contextlib.AbstractContextManager:
         state = self.experts
         if state is None:

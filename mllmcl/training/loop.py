@@ -99,6 +99,7 @@ def train(mllm: MLLM, method: Method, stream: Stream, config: TrainConfig) -> Re
         if run.position.stage == "zero_shot":
             if config.zero_shot:
                 _evaluate(run, after=None)
+            records.note_language(run, after=None)
             _advance(run, stage="task_start")
         while run.position.task < len(stream.tasks):
             _learn(run)
@@ -225,6 +226,7 @@ def _learn(run: Run) -> None:
         run.event("task_end", task=task.name, index=position.task)
         _advance(run, stage="evaluate", pin=True)
     _evaluate(run, after=position.task)
+    records.note_language(run, after=position.task)
     _advance(run, task=position.task + 1, stage="task_start", phase=0, step=0)
 
 

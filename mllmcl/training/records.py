@@ -47,6 +47,9 @@ __all__ = ["describe", "empty_results", "finish", "note_evaluation", "note_mixin
 
 PACKAGES = ("torch", "transformers", "safetensors", "numpy", "triton", "peft")
 
+#: about 3000 tokens of English about a programming language, some of what `pydoc_data` holds
+LANGUAGE_TOPICS = ("objects", "naming", "exceptions")
+
 
 def now() -> str:
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
@@ -66,7 +69,15 @@ def versions() -> dict[str, str]:
 
 def empty_results() -> dict:
     """Numbers that grow during a run and travel with its checkpoints."""
-    return {"rows": [], "step_seconds": [], "losses": [], "last_loss": "", "mixing_share": [], "evaluation_seconds": []}
+    return {
+        "rows": [],
+        "step_seconds": [],
+        "losses": [],
+        "last_loss": "",
+        "mixing_share": [],
+        "evaluation_seconds": [],
+        "language": [],
+    }
 
 
 def _options(method: Method) -> dict:
@@ -216,6 +227,33 @@ def note_evaluation(run: Run, after: int | None, found: list[Prediction], second
     _matrix(run).save(run.folder / "matrix.json")
 
 
+def language_text(name: str) -> str:
+    """The text that `TrainConfig.language_text` names.
+
+    Raises:
+        ValueError: it is neither "python-topics" nor a file.
+    """
+    if name == "python-topics":
+        from pydoc_data.topics import topics
+
+        return "\n\n".join(topics[key] for key in LANGUAGE_TOPICS)
+    path = Path(name)
+    if not path.is_file():
+        raise ValueError(f'language_text must be "python-topics" or a file, got {name!r}')
+    return path.read_text(encoding="utf-8")
+
+
+def note_language(run: Run, after: int | None) -> None:
+    """Perplexity of plain text; where a router chooses by samples, the base model reads it."""
+    if run.config.language_text is None:
+        return
+    mllm = run.mllm
+    with mllm.use_experts(None if mllm.router is None else "off"):
+        value = round(mllm.perplexity(language_text(run.config.language_text)), 4)
+    run.results["language"].append([after, value])
+    run.event("language", after=None if after is None else run.stream.tasks[after].name, perplexity=value)
+
+
 def _matrix(run: Run) -> AccuracyMatrix:
     tasks = run.stream.tasks
     matrix = AccuracyMatrix(
@@ -267,6 +305,7 @@ def finish(run: Run) -> Report:
     shares = results["mixing_share"]
     metrics = {
         **compute_metrics(_matrix(run), read_predictions(run.folder), seed=config.seed),
+        "language_perplexity": [value for _, value in results["language"]] or None,
         "seconds_per_step": round(statistics.median(steady), 4) if steady else None,
         "share_expert_mixing": round(statistics.median(shares), 4) if shares else None,
         "train_seconds": round(sum(results["step_seconds"]), 1),
