@@ -107,6 +107,14 @@ def _dashes(arguments: list[str]) -> list[str]:
 
 
 def _run(arguments: list[str]) -> int:
+    if len(arguments) == 1 and arguments[0].endswith((".yaml", ".yml")):
+        import yaml
+
+        from .sweep import run_sweep
+
+        path = Path(arguments[0])
+        if path.is_file() and "sweep" in (yaml.safe_load(path.read_text()) or {}):
+            return run_sweep(path)
     parser = _run_parser()
     config = parser.instantiate_classes(parser.parse_args(_dashes(arguments)))
     settings = RunConfig(**{name: config[name] for name in ("train", "model", "method", "stream", "dry_run")})
@@ -250,7 +258,7 @@ def _export(arguments: list[str]) -> int:
 
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
-    "run": (_run, "learn a stream of tasks: mllmcl run [CONFIG.yaml] [--key value ...]"),
+    "run": (_run, "learn a stream of tasks, or a sweep of them: mllmcl run [CONFIG.yaml] [--key value ...]"),
     "report": (_report, "compare finished runs: mllmcl report RUN..."),
     "methods": (_methods, "list the methods, their sources and what they store"),
     "streams": (_streams, "list the streams"),
