@@ -13,8 +13,12 @@ from ..training.made_up_run import make_run
 from ..training.test_loop import same_end
 
 
-def learned(name: str, stream, tasks: int = 3, **options):
-    """A method that has ended some tasks without training, with experts and routers that differ."""
+def learned(name: str, stream, tasks: int = 3, before_end=None, **options):
+    """A method that has ended some tasks without training, with experts and routers that differ.
+
+    Args:
+        before_end: called with the method before the end of each task.
+    """
     torch.manual_seed(0)
     mllm = make_composed()
     method = methods.create(name, **options)
@@ -26,6 +30,8 @@ def learned(name: str, stream, tasks: int = 3, **options):
             for key, value in mllm.trainable_state().items():
                 if not key.endswith("lora_a") and not key.startswith(mllm.projector_path):
                     value.add_(torch.randn(value.shape, generator=generator) * 0.2)
+        if before_end is not None:
+            before_end(method)
         method.on_task_end(task)
     return mllm.eval(), method
 

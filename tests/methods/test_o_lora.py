@@ -35,7 +35,7 @@ def test_the_penalty_sums_every_overlap_and_moves_the_new_side_only():
         for i in range(len(a))
         for j in range(len(b))
     )
-    assert float(found) == pytest.approx(expected, rel=1e-12)
+    assert float(found.detach()) == pytest.approx(expected, rel=1e-12)
     found.backward()
     for a, b in zip(new, old, strict=True):
         torch.testing.assert_close(a.grad, (a @ b.t()).sign().detach() @ b.detach())
