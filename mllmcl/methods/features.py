@@ -8,6 +8,7 @@ language model. There is no contrastive text encoder unless the model itself hol
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from itertools import accumulate, chain
 
@@ -18,13 +19,29 @@ from torch import Tensor
 __all__ = ["TOWERS", "Anchors", "frozen_features", "image_features", "text_features"]
 
 
-@torch.no_grad()
+#: samples of which features are made at once
+CHUNK = 64
+
+
+def _in_chunks(tower: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The tower, given a part of the samples at a time: token features of a whole training set fit nowhere."""
+
+    @functools.wraps(tower)
+    @torch.no_grad()
+    def chunked(mllm, samples: Sequence) -> Tensor:
+        samples = list(samples)
+        return torch.cat([tower(mllm, samples[at : at + CHUNK]) for at in range(0, len(samples), CHUNK)])
+
+    return chunked
+
+
+@_in_chunks
 def image_features(mllm, samples: Sequence) -> Tensor:
     """Mean over the tokens of the vision encoder's output, of unit length: `[n, d]` float32 on the model's device."""
     return F.normalize(mllm.image_features(samples).float().mean(1), dim=-1)
 
 
-@torch.no_grad()
+@_in_chunks
 def text_features(mllm, samples: Sequence) -> Tensor:
     """Mean input embedding of the question's tokens, of unit length: `[n, d]` float32 on the model's device."""
     rows = mllm.tokenizer([sample.question for sample in samples], add_special_tokens=False)["input_ids"]

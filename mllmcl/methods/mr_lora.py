@@ -32,7 +32,10 @@ class MrLora(ExpertPerTask):
     name: ClassVar[str] = "mr_lora"
     summary: ClassVar[str] = "one isolated LoRA and projector for each task, routed sample by sample"
     source: ClassVar[str] = "MLLM-CL (arXiv:2506.05453); prototype router: RePro"
-    stores: ClassVar[str] = "a LoRA, a projector and prototypes (or ids of 20 samples) for each task"
+    stores: ClassVar[str] = (
+        "a LoRA and a projector for each task, and what the router keeps of it: prototypes, means, counts of words or "
+        "ids of 20 samples"
+    )
     at_test: ClassVar[str] = "nothing: a router chooses; task id with router=oracle"
     deviations: ClassVar[str] = (
         "routes on line in mixed batches, where the public code joins stored answers; the letter router goes on from "

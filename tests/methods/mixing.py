@@ -71,13 +71,15 @@ class CutError(Exception):
     """What stands for a killed process."""
 
 
-def survives_cuts(folder, name: str, options: dict, cuts=(("_step", 5), ("write_adapters", 2), ("predict", 2))) -> None:
+def survives_cuts(
+    folder, name: str, options: dict, cuts=(("_step", 5), ("write_adapters", 2), ("predict", 2)), **config
+) -> None:
     """A run that is cut off in a phase, at a task's end and in evaluation ends as one that is not.
 
     Args:
-        cuts: name of a function of the loop, and the call before which the run stops.
+        cuts: name of a function of the loop, and the call before which the run stops. config: of the run.
     """
-    make_run(folder / "whole", name, options)
+    make_run(folder / "whole", name, options, **config)
     for where, count in cuts:
         owner = loop.records if hasattr(loop.records, where) else loop
         original = getattr(owner, where)
@@ -91,6 +93,6 @@ def survives_cuts(folder, name: str, options: dict, cuts=(("_step", 5), ("write_
 
         with pytest.MonkeyPatch.context() as patch, pytest.raises(CutError):
             patch.setattr(owner, where, cut)
-            make_run(folder / "cut", name, options)
-    make_run(folder / "cut", name, options)
+            make_run(folder / "cut", name, options, **config)
+    make_run(folder / "cut", name, options, **config)
     same_end(folder / "whole", folder / "cut")

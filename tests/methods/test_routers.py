@@ -50,7 +50,8 @@ def made(name: str, mllm, tasks, known: int = 3):
     return router
 
 
-def test_text_features_are_mean_embeddings_of_unit_length(stream):
+def test_text_features_are_mean_embeddings_of_unit_length(stream, monkeypatch):
+    monkeypatch.setattr("mllmcl.methods.features.CHUNK", 2)
     mllm = make_composed()
     samples = [dataclasses.replace(stream.tasks[0].test[0], question=text) for text in ("a", "what is it", "")]
     table = mllm.model.get_input_embeddings().weight
