@@ -21,7 +21,8 @@ BATCHES_A_CALL = 4
 class Answerer(Protocol):
     """What evaluation needs of a model.
 
-    `router` takes samples and returns expert ids int64 `[B]`, or is None. `generate` returns one text a sample.
+    `router` takes samples and returns expert ids int64 `[B]` or float gates `[B, ...]`, or is None; where the model has
+    a true `routes_batches` it is left to `generate` to ask it. `generate` returns one text a sample.
     """
 
     router: Callable[[Sequence], object] | None
@@ -103,7 +104,8 @@ def _scores_by_task(scorer: str | Mapping[str, str], samples: Sequence) -> dict[
 
 def _choose(mllm: Answerer, samples: list, experts) -> tuple[object, np.ndarray | None]:
     """What to hand to `generate` for all samples, and the ids to record."""
-    if isinstance(experts, str) and experts == "route" and mllm.router is not None and samples:
+    routes_alone = mllm.router is not None and not getattr(mllm, "routes_batches", False)
+    if isinstance(experts, str) and experts == "route" and routes_alone and samples:
         experts = mllm.router(samples)
     if experts is None or isinstance(experts, str):
         return experts, None

@@ -1,14 +1,17 @@
-"""Losses on answer tokens that start from hidden states and the head's weight."""
+"""Loss terms that several methods share: on answer tokens from hidden states and the head, and on adapters."""
 
 # n answer tokens, D width, V vocabulary, k entries kept of a teacher's logits
+# G layers of one width, r rank of the current expert, Q ranks of the old experts, K in
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["soft_target_cross_entropy", "topk_distillation"]
+__all__ = ["orthogonality_loss", "soft_target_cross_entropy", "topk_distillation"]
 
 
 def _logits(hidden_nD: Tensor, head_weight_VD: Tensor) -> Tensor:
@@ -47,3 +50,29 @@ def topk_distillation(
     log_q_nk = z_nV.gather(1, indices.long()) - z_nV.logsumexp(1, keepdim=True)
     log_p_nk = (values.to(z_nV.dtype) / temperature).log_softmax(1)
     return temperature**2 * (log_p_nk.exp() * (log_p_nk - log_q_nk)).sum(1).mean()
+
+
+def orthogonality_loss(lora_a: Sequence[Tensor], previous_a: Sequence[Tensor]) -> Tensor:
+    """Sum over the layers of the absolute entries of A_t A_old^T; the old side gets no gradient.
+
+    Layers of one shape share a product, whatever the number of old experts.
+
+    Args:
+        lora_a: A of the current expert in every layer, `[r, K]`. previous_a: A of all old experts in the same layers,
+            stacked, `[Q, K]`.
+
+    Returns:
+        A scalar, float32 or wider.
+
+    Source: O-LoRA (arXiv:2310.14152).
+    """
+    alike: dict[tuple, list[int]] = {}
+    for place, (new, old) in enumerate(zip(lora_a, previous_a, strict=True)):
+        alike.setdefault((new.shape, old.shape), []).append(place)
+    parts = []
+    with torch.autocast(lora_a[0].device.type, enabled=False):
+        for places in alike.values():
+            new_GrK = torch.stack([lora_a[place] for place in places])
+            old_GQK = torch.stack([previous_a[place].detach() for place in places])
+            parts.append(torch.bmm(new_GrK, old_GQK.mT).abs().sum())
+    return torch.stack(parts).sum()

@@ -165,9 +165,10 @@ def _readme(config: dict, scaling: float, num_layers: int, description: str, pro
         )
     if router:
         parts.append(
-            "`router.safetensors` holds the learned in-layer routers, `<module path>.router_weight` of shape "
-            "[experts, in]. PEFT cannot express gates that differ from token to token: opened by PEFT, this adapter "
-            "acts on every token with weight 1. The routed mixture needs mllmcl, all experts and this file."
+            "`router.safetensors` holds the learned in-layer routers by the names of the model's parameters, such as "
+            "`<module path>.router_weight` of shape [experts, in]. PEFT cannot express gates that differ from token to "
+            "token: opened by PEFT, this adapter acts on every token with weight 1. The routed mixture needs mllmcl, "
+            "all experts and this file."
         )
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -363,7 +364,7 @@ def _projector(mllm, expert: int | None) -> dict[str, Tensor]:
 
 def _routers(mllm) -> dict[str, Tensor]:
     layers = mllm.expert_layers.items()
-    return {f"{path}.router_weight": layer.router_weight for path, layer in layers if layer.router_weight is not None}
+    return {f"{path}.{name}": value for path, layer in layers for name, value in layer.router_parameters.items()}
 
 
 def export_run(run: str | os.PathLike, output: str | os.PathLike) -> list[tuple[Path, int]]:

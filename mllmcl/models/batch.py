@@ -41,6 +41,7 @@ class Batch:
     answer_positions: int64 `[n]`, flat positions in `[B * S]` whose output predicts an answer token.
     answer_labels: int64 `[n]`, the tokens they predict.
     inputs: further inputs of the model by name (pixels, grids, image features).
+    features: float `[B, d]`, what the expert layers are told of each sample, see `ExpertState.sample_features`.
     image_index: the sample of each image. image_rows: placeholder positions of each image.
     """
 
@@ -52,6 +53,7 @@ class Batch:
     answer_positions: Tensor | None = None
     answer_labels: Tensor | None = None
     inputs: dict[str, Tensor] = field(default_factory=dict)
+    features: Tensor | None = None
     image_index: tuple[int, ...] = ()
     image_rows: tuple[int, ...] = ()
 

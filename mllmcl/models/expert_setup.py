@@ -100,8 +100,7 @@ def parameters_that_may_train(mllm) -> dict[str, nn.Parameter]:
     for path, layer in mllm.expert_layers.items():
         found[f"{path}.lora_a"] = layer.lora_a
         found[f"{path}.lora_b"] = layer.lora_b
-        if layer.router_weight is not None:
-            found[f"{path}.router_weight"] = layer.router_weight
+        found.update({f"{path}.{name}": parameter for name, parameter in layer.router_parameters.items()})
     if mllm.projector_path is not None:
         for name, parameter in mllm.model.get_submodule(mllm.projector_path).named_parameters():
             found[f"{mllm.projector_path}.{name}"] = parameter

@@ -33,7 +33,8 @@ class MLLM:
 
     Made by `from_pretrained` or `compose`. Attributes: `model` (the module), `processor`, `tokenizer`, `device`,
     `dtype`, `family`, `experts` (an `ExpertState`, None before `add_experts`), `expert_layers` (full name to
-    `ExpertLinear`), `projector_layers`, `router` (a callable `samples -> int64 ids [B]`, or None).
+    `ExpertLinear`), `projector_layers`, `router` (a callable `samples -> gates` as in `use_experts`, or None),
+    `routes_batches` (the router's answer is one for a whole batch, so `generate` asks it batch by batch).
     """
 
     def __init__(self, model: nn.Module, processor, tokenizer):
@@ -45,6 +46,7 @@ class MLLM:
         self.expert_layers: dict[str, ExpertLinear] = {}
         self.projector_layers: dict[str, ExpertProjectorLinear] = {}
         self.router: Callable[[Sequence], Tensor] | None = None
+        self.routes_batches = False
         self.features = FeatureCache()
         self._vision_identity: str | None = None
         self._prompt_parts: tuple[str, str] | None = None
@@ -256,7 +258,7 @@ class MLLM:
         Args:
             experts: one boolean for each expert; None leaves them as they are.
             projector: the experts' copies where there are any, else the projector itself.
-            router: the in-layer routers.
+            router: the in-layer routers and gatings.
         """
         state = self.experts
         if experts is not None:
@@ -265,16 +267,16 @@ class MLLM:
             if len(experts) != state.num_experts:
                 raise ValueError(f"experts: expected {state.num_experts} booleans, got {len(experts)}")
             state.trainable = tuple(bool(value) for value in experts)
-        if router and (state is None or state.router is None):
-            raise ValueError("router: there is no learned router, give add_experts one")
+        if router and not any(layer.router_parameters for layer in self.expert_layers.values()):
+            raise ValueError("router: there is no learned router, give add_experts one or the layers a gating")
         if projector and self.projector_path is None:
             raise ValueError(f"projector: {type(self.model).__name__} has none that its family knows")
         some = state is not None and any(state.trainable)
         for layer in self.expert_layers.values():
             layer.lora_a.requires_grad_(some)
             layer.lora_b.requires_grad_(some)
-            if layer.router_weight is not None:
-                layer.router_weight.requires_grad_(router)
+            for parameter in layer.router_parameters.values():
+                parameter.requires_grad_(router)
         if self.projector_layers:
             for layer in self.projector_layers.values():
                 layer.expert_weight.requires_grad_(projector and some)
@@ -290,7 +292,8 @@ class MLLM:
 
         Args:
             gates: None (the learned router if there is one, else every expert weighs 1), "off" (the base alone), a
-                float tensor `[E]` or `[B, E]`, or int64 ids `[B]` (-1 = the base alone; one batch may mix).
+                float tensor `[E]`, `[B, E]` or `[B, G, E]` (a row for each group of layers, see `ExpertState.groups`),
+                or int64 ids `[B]` (-1 = the base alone; one batch may mix).
         """
         if self.experts is None:
             if gates is not None and not (isinstance(gates, str) and gates == "off"):
@@ -397,12 +400,16 @@ class MLLM:
         positions = self.family.positions(self, {"input_ids": input_ids, **inputs}, attention_mask)
         image_token = getattr(self.model.config, "image_token_id", None)
         counts = [row.count(image_token) for row in encoded.ids]
+        features = None
+        if self.experts is not None and self.experts.sample_features is not None:
+            features = self.experts.sample_features(samples)
         batch = Batch(
             sample_ids=tuple(sample.id for sample in samples),
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=positions,
             inputs=inputs,
+            features=features,
             image_index=tuple(index for index, count in enumerate(counts) if count),
             image_rows=tuple(count for count in counts if count),
             **({} if left else _labels(encoded.ids, answers, input_ids.shape[1])),
@@ -500,12 +507,23 @@ class MLLM:
                 total += self.loss(self._padded((), encoded, [row[1:] for row in part])) * len(part)
         return float(torch.exp(total / len(rows)))
 
-    def _in_batch(self, batch: Batch) -> contextlib.AbstractContextManager:
+    def _in_batch(self, batch: Batch, memory: dict[str, Tensor] | None = None) -> contextlib.AbstractContextManager:
         state = self.experts
         if state is None:
             return contextlib.nullcontext()
-        mask = batch.attention_mask.bool() if state.collect else None
-        return state.using(with_batch(state.selection, mask, batch.image_index, batch.image_rows))
+        mask = batch.attention_mask.bool()
+        prompt = mask if batch.labels is None else mask & (batch.labels == IGNORE)
+        return state.using(
+            with_batch(
+                state.selection,
+                mask if state.collect else None,
+                batch.image_index,
+                batch.image_rows,
+                prompt_mask=prompt,
+                features=batch.features,
+                memory=memory,
+            )
+        )
 
     def _forward(self, input_ids, attention_mask, position_ids, inputs, past_key_values=None, use_cache=False):
         return self.trunk(
@@ -557,6 +575,8 @@ class MLLM:
         if not isinstance(experts, str):
             gates = experts if experts is None or isinstance(experts, Tensor) else torch.as_tensor(experts)
         elif experts == "route":
+            if self.routes_batches:
+                return experts
             gates = None if self.router is None else self.router(samples)
         elif experts in ("current", "off"):
             return experts
@@ -569,6 +589,8 @@ class MLLM:
 
     def _answer(self, samples: Sequence, gates, max_new_tokens: int) -> list[str]:
         batch = self.collate(samples, with_answers=False)
+        if isinstance(gates, str) and gates == "route":
+            gates = self.router(samples)
         current = isinstance(gates, str) and gates == "current"
 
         def forward(input_ids, mask, positions, inputs, cache):
@@ -577,7 +599,7 @@ class MLLM:
         with (
             torch.inference_mode(),
             contextlib.nullcontext() if current else self.use_experts(gates),
-            self._in_batch(batch),
+            self._in_batch(batch, memory={}),
         ):
             tokens = greedy(
                 forward,
