@@ -12,6 +12,7 @@ _WHERE = {
     "ExpertState": ".experts",
     "Selection": ".experts",
     "ComposedModel": ".composed",
+    "SoftPrompts": ".prompts",
 }
 __all__ = sorted(_WHERE)
 

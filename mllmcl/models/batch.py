@@ -40,7 +40,8 @@ class Batch:
         prompts.
     answer_positions: int64 `[n]`, flat positions in `[B * S]` whose output predicts an answer token.
     answer_labels: int64 `[n]`, the tokens they predict.
-    inputs: further inputs of the model by name (pixels, grids, image features).
+    inputs: further inputs of the model by name (pixels, grids, image features). token_inputs: names of those that have
+        a value for each token, `[B, S]`.
     features: float `[B, d]`, what the expert layers are told of each sample, see `ExpertState.sample_features`.
     image_index: the sample of each image. image_rows: placeholder positions of each image.
     """
@@ -53,6 +54,7 @@ class Batch:
     answer_positions: Tensor | None = None
     answer_labels: Tensor | None = None
     inputs: dict[str, Tensor] = field(default_factory=dict)
+    token_inputs: tuple[str, ...] = ()
     features: Tensor | None = None
     image_index: tuple[int, ...] = ()
     image_rows: tuple[int, ...] = ()

@@ -95,7 +95,7 @@ def experts_grown(mllm, num: int, rank: int | Sequence[int] | None, alpha) -> No
 
 
 def parameters_that_may_train(mllm) -> dict[str, nn.Parameter]:
-    """Name to parameter of the experts, routers and projector, whether they train now or not."""
+    """Name to parameter of experts, routers, projector and attached modules, whether they train now or not."""
     found = {}
     for path, layer in mllm.expert_layers.items():
         found[f"{path}.lora_a"] = layer.lora_a
@@ -104,6 +104,8 @@ def parameters_that_may_train(mllm) -> dict[str, nn.Parameter]:
     if mllm.projector_path is not None:
         for name, parameter in mllm.model.get_submodule(mllm.projector_path).named_parameters():
             found[f"{mllm.projector_path}.{name}"] = parameter
+    for name, module in mllm.attached.items():
+        found.update(module.named_parameters(prefix=name))
     return found
 
 

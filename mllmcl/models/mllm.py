@@ -21,6 +21,7 @@ from .experts import ExpertLinear, ExpertProjectorLinear, ExpertState, select, w
 from .families.base import first_module
 from .features import FeatureCache, image_key
 from .generation import greedy
+from .prompts import SoftPrompts, prompt_rows, prompting
 
 __all__ = ["MLLM"]
 
@@ -34,7 +35,9 @@ class MLLM:
     Made by `from_pretrained` or `compose`. Attributes: `model` (the module), `processor`, `tokenizer`, `device`,
     `dtype`, `family`, `experts` (an `ExpertState`, None before `add_experts`), `expert_layers` (full name to
     `ExpertLinear`), `projector_layers`, `router` (a callable `samples -> gates` as in `use_experts`, or None),
-    `routes_batches` (the router's answer is one for a whole batch, so `generate` asks it batch by batch).
+    `routes_batches` (the router's answer is one for a whole batch, so `generate` asks it batch by batch), `prompts` (a
+    bank of soft prompts, None before `add_prompts`), `prompt_router` (a callable `samples -> int64 ids [B, k]`, or
+    None), `attached` (modules of a method by name).
     """
 
     def __init__(self, model: nn.Module, processor, tokenizer):
@@ -47,6 +50,9 @@ class MLLM:
         self.projector_layers: dict[str, ExpertProjectorLinear] = {}
         self.router: Callable[[Sequence], Tensor] | None = None
         self.routes_batches = False
+        self.prompts: SoftPrompts | None = None
+        self.prompt_router: Callable[[Sequence], Tensor] | None = None
+        self.attached: dict[str, nn.Module] = {}
         self.features = FeatureCache()
         self._vision_identity: str | None = None
         self._prompt_parts: tuple[str, str] | None = None
@@ -159,6 +165,7 @@ class MLLM:
             lines.append(f"expert layers ({len(self.expert_layers)}):")
             lines += [f"  {path}" for path in self.expert_layers]
             lines += [f"  {path} (a copy for each expert)" for path in self.projector_layers]
+        lines += [f"attached: {name}: {type(module).__name__}" for name, module in self.attached.items()]
         return "\n".join(lines)
 
     def _refuse_unknown_heads(self) -> None:
@@ -312,7 +319,7 @@ class MLLM:
         return masks_of(self)
 
     def trainable_state(self) -> dict[str, Tensor]:
-        """Name to data of everything that may train: experts, routers, projector. Not copied: clone to keep."""
+        """Name to data of all that may train: experts, routers, projector, attached modules. Clone to keep."""
         return {name: value.detach() for name, value in parameters_that_may_train(self).items()}
 
     def load_trainable_state(self, state: dict[str, Tensor]) -> None:
@@ -340,6 +347,49 @@ class MLLM:
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(state[name])
+
+    # -- what is no expert
+
+    def attach(self, name: str, module: nn.Module) -> nn.Module:
+        """Make a method's own module part of the model, where its parameters train, are saved and are restored.
+
+        Returns:
+            The module, on the model's device.
+
+        Raises:
+            ValueError: the model has something of that name.
+        """
+        if hasattr(self.model, name):
+            raise ValueError(f"name: {type(self.model).__name__} has {name!r} already")
+        setattr(self.model, name, module.to(self.device))
+        self.attached[name] = module
+        return module
+
+    def add_prompts(self, num_prompts: int, length: int) -> MLLM:
+        """A bank of soft prompts, each of `length` trained tokens; `use_prompts` puts them in.
+
+        Raises:
+            ValueError: there is a bank already, or a number is below 1.
+        """
+        table = self.model.get_input_embeddings().weight
+        self.prompts = self.attach("soft_prompts", SoftPrompts(num_prompts, length, table))
+        return self
+
+    @contextlib.contextmanager
+    def use_prompts(self, ids) -> Iterator[MLLM]:
+        """Within the context each sample has these soft prompts behind its start token.
+
+        Args:
+            ids: int64 `[B, k]`, the last of a row nearest to the text, or `[B]`; -1 = none, and one batch may mix.
+                None: no sample has any.
+        """
+        if self.prompts is None:
+            if ids is not None:
+                raise ValueError("prompts: there are none, call add_prompts first")
+            yield self
+            return
+        with self.prompts.using(ids):
+            yield self
 
     def enable_checkpointing(self) -> MLLM:
         """Recompute decoder layers in the backward pass, with the experts of the forward pass."""
@@ -410,6 +460,7 @@ class MLLM:
             position_ids=positions,
             inputs=inputs,
             features=features,
+            token_inputs=tuple(extras),
             image_index=tuple(index for index, count in enumerate(counts) if count),
             image_rows=tuple(count for count in counts if count),
             **({} if left else _labels(encoded.ids, answers, input_ids.shape[1])),
@@ -458,10 +509,9 @@ class MLLM:
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """Output of the language tower before its head, `[B, S, D]`."""
-        with self._in_batch(batch):
-            return self._forward(
-                batch.input_ids, batch.attention_mask, batch.position_ids, batch.inputs
-            ).last_hidden_state
+        with prompting(self, batch) as (batch, original), self._in_batch(batch):
+            output = self._forward(batch.input_ids, batch.attention_mask, batch.position_ids, batch.inputs)
+            return original(output.last_hidden_state)
 
     def answer_hidden(self, batch: Batch) -> Tensor:
         """Hidden states `[n, D]` that predict the answer tokens, for losses that hold the head themselves."""
@@ -538,14 +588,16 @@ class MLLM:
     # -- answers
 
     def generate(
-        self, samples: Sequence, experts="route", *, max_new_tokens: int = 16, batch_size: int = 32
+        self, samples: Sequence, experts="route", *, prompts="route", max_new_tokens: int = 16, batch_size: int = 32
     ) -> list[str]:
-        """Greedy answers, batched; one batch may mix experts.
+        """Greedy answers, batched; one batch may mix experts and soft prompts.
 
         Args:
             experts: "route" (`self.router` where it is set, else the in-layer router or every expert), "current" (what
                 an enclosing `use_experts` says), or gates as in `use_experts`; ids and `[n, E]` floats are one row a
                 sample.
+            prompts: "route" (`self.prompt_router`, asked for each batch that is decoded; none without it), or ids as in
+                `use_prompts`, one row a sample.
             max_new_tokens: at most so many tokens for each answer, the end token included.
             batch_size: samples decoded together; prompts of like length share a batch.
 
@@ -560,11 +612,13 @@ class MLLM:
         self.eval()
         try:
             gates = self._resolve(samples, experts)
+            soft = prompt_rows(prompts, len(samples))
             answers = [""] * len(samples)
             order = sorted(range(len(samples)), key=lambda at: len(samples[at].question))
             for start in range(0, len(order), batch_size):
                 at = order[start : start + batch_size]
-                texts = self._answer([samples[i] for i in at], _rows(gates, at, len(samples)), max_new_tokens)
+                ids = soft[at] if isinstance(soft, Tensor) else soft
+                texts = self._answer([samples[i] for i in at], _rows(gates, at, len(samples)), ids, max_new_tokens)
                 for index, text in zip(at, texts, strict=True):
                     answers[index] = text
             return answers
@@ -587,10 +641,12 @@ class MLLM:
             raise ValueError(f"experts: expected one row for each of {len(samples)} samples, got {gates.shape[0]}")
         return gates
 
-    def _answer(self, samples: Sequence, gates, max_new_tokens: int) -> list[str]:
+    def _answer(self, samples: Sequence, gates, prompts, max_new_tokens: int) -> list[str]:
         batch = self.collate(samples, with_answers=False)
         if isinstance(gates, str) and gates == "route":
             gates = self.router(samples)
+        if isinstance(prompts, str):
+            prompts = None if self.prompt_router is None else self.prompt_router(samples)
         current = isinstance(gates, str) and gates == "current"
 
         def forward(input_ids, mask, positions, inputs, cache):
@@ -599,6 +655,8 @@ class MLLM:
         with (
             torch.inference_mode(),
             contextlib.nullcontext() if current else self.use_experts(gates),
+            self.use_prompts(prompts),
+            prompting(self, batch) as (batch, _),
             self._in_batch(batch, memory={}),
         ):
             tokens = greedy(
