@@ -79,9 +79,8 @@ class SoftPrompts(nn.Module):
             self.ids = before
 
     def chosen(self) -> Tensor:
-        """The tokens of each sample, `[B, k L, D]`; zeros where it has none, so that no gradient comes back."""
-        tokens_BkLD = self.weight[self.ids.clamp(min=0)]
-        return tokens_BkLD.masked_fill((self.ids < 0)[..., None, None], 0.0).flatten(1, 2)
+        """The tokens of each sample, `[B, k L, D]`; anything where it has none, since nothing attends to that."""
+        return self.weight[self.ids.clamp(min=0)].flatten(1, 2)
 
     @contextlib.contextmanager
     def entering(self, embedding: nn.Module, places_BI: Tensor) -> Iterator[None]:
