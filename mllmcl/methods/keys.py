@@ -1,0 +1,49 @@
+"""Keys in the space of frozen features: a sample is given what belongs to the keys nearest to it."""
+
+# B samples, N keys, k chosen keys, G groups, w width of a group, d = G w feature width
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .features import image_features, text_features
+
+__all__ = ["Keys", "nearest", "query", "voted"]
+
+
+def query(mllm, samples: Sequence) -> Tensor:
+    """What a sample is looked up with: its frozen image and text features side by side, `[B, d]`."""
+    return torch.cat([image_features(mllm, samples), text_features(mllm, samples)], dim=-1)
+
+
+class Keys(nn.Module):
+    """`.weight` `[N, d]`; a key is like a query by the mean over G groups of features of their cosines."""
+
+    def __init__(self, weight_Nd: Tensor, groups: int = 1):
+        super().__init__()
+        self.weight = nn.Parameter(weight_Nd)
+        self.groups = groups
+
+    def forward(self, query_Bd: Tensor) -> Tensor:
+        """Cosines `[B, N]`."""
+        query_BGw, key_NGw = (
+            F.normalize(rows.unflatten(-1, (self.groups, -1)), dim=-1)
+            for rows in (query_Bd.to(self.weight.dtype), self.weight)
+        )
+        return query_BGw.flatten(1) @ key_NGw.flatten(1).t() / self.groups
+
+
+def nearest(cosine_BN: Tensor, count: int) -> Tensor:
+    """Ids of the `count` most alike keys of each sample, the nearest first: int64 `[B, k]`."""
+    return cosine_BN.detach().topk(count, dim=-1).indices
+
+
+def voted(ids_Bk: Tensor, num_keys: int) -> Tensor:
+    """The k ids that most samples of the batch have, the same for all, int64 `[B, k]`; a tie goes to the lower id."""
+    votes_N = F.one_hot(ids_Bk, num_keys).sum((0, 1))
+    ranked_N = votes_N * num_keys - torch.arange(num_keys, device=ids_Bk.device)
+    return ranked_N.topk(ids_Bk.shape[1]).indices.expand_as(ids_Bk)
