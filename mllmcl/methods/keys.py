@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 from .features import image_features, text_features
 
-__all__ = ["Keys", "nearest", "query", "voted"]
+__all__ = ["KEYS", "Keys", "attach_keys", "nearest", "query", "voted"]
+
+#: name of the keys in the model
+KEYS = "prompt_keys"
 
 
 def query(mllm, samples: Sequence) -> Tensor:
@@ -35,6 +38,12 @@ class Keys(nn.Module):
             for rows in (query_Bd.to(self.weight.dtype), self.weight)
         )
         return query_BGw.flatten(1) @ key_NGw.flatten(1).t() / self.groups
+
+
+def attach_keys(mllm, num_keys: int, stream) -> Keys:
+    """Keys for the queries of a stream, drawn from -1..1, as a part of the model that trains."""
+    width = query(mllm, stream.tasks[0].train[:1]).shape[1]
+    return mllm.attach(KEYS, Keys(torch.empty(num_keys, width).uniform_(-1.0, 1.0)))
 
 
 def nearest(cosine_BN: Tensor, count: int) -> Tensor:

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .keys import Keys, nearest, query, voted
+from .keys import attach_keys, nearest, query, voted
 from .prompted import PromptMethod
 
 
@@ -56,8 +56,7 @@ class L2P(PromptMethod):
 
     def setup(self, mllm, stream) -> None:
         super().setup(mllm, stream)
-        width = query(mllm, stream.tasks[0].train[:1]).shape[1]
-        self.keys = mllm.attach("prompt_keys", Keys(torch.empty(self.pool, width).uniform_(-1.0, 1.0)))
+        self.keys = attach_keys(mllm, self.pool, stream)
 
     def _num_prompts(self) -> int:
         return self.pool

@@ -13,8 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mllmcl_kernels import Mask
-
 from .features import image_features, text_features
 from .prompted import BANK, PromptMethod
 
@@ -115,8 +113,7 @@ class ModalPrompt(PromptMethod):
         return loss + (1.0 - image_B1.mean()) + (1.0 - text_B1.mean())
 
     def parameter_masks(self) -> dict:
-        rows = torch.arange(len(self.heads), device=self.mllm.device) == self.acting
-        return {BANK: Mask.rows(rows)}
+        return {BANK: self.task_rows(len(self.heads))}
 
     @torch.no_grad()
     def on_task_end(self, task) -> None:

@@ -1,4 +1,4 @@
-"""What methods with soft prompts on a frozen model share."""
+"""What methods with soft prompts or prefixes on a frozen model share."""
 
 # B samples, k prompts of a sample
 
@@ -7,7 +7,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
+
+from mllmcl_kernels import Mask
 
 from .base import Method
 
@@ -19,7 +22,7 @@ BANK = "soft_prompts.weight"
 
 @dataclass(kw_only=True)
 class PromptMethod(Method):
-    """Soft prompts behind the start token of a frozen model; each sample has its own, chosen by `route`.
+    """Soft prompts, or prefixes, of a frozen model; each sample has its own, chosen by `route`.
 
     Args:
         length: tokens of a prompt.
@@ -34,8 +37,12 @@ class PromptMethod(Method):
 
     def setup(self, mllm, stream) -> None:
         super().setup(mllm, stream)
-        mllm.add_prompts(self._num_prompts(), self.length)
+        self.add_prompts()
         mllm.prompt_router = self.route
+
+    def add_prompts(self) -> None:
+        """Put the bank into the model."""
+        self.mllm.add_prompts(self._num_prompts(), self.length)
 
     def _num_prompts(self) -> int:
         return len(self.stream.tasks)
@@ -49,6 +56,10 @@ class PromptMethod(Method):
         self.mllm.set_trainable(projector=False)
         for module in self.mllm.attached.values():
             module.requires_grad_(True)
+
+    def task_rows(self, num_rows: int) -> Mask:
+        """Of rows of which each task has one, that of the task that trains."""
+        return Mask.rows(torch.arange(num_rows, device=self.mllm.device) == self.acting)
 
     def on_task_end(self, task) -> None:
         self.known = self.index_of(task) + 1

@@ -12,6 +12,7 @@ _WHERE = {
     "ExpertState": ".experts",
     "Selection": ".experts",
     "ComposedModel": ".composed",
+    "Prefixes": ".prefixes",
     "SoftPrompts": ".prompts",
 }
 __all__ = sorted(_WHERE)

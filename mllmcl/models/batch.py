@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 import torch
 from torch import Tensor
 
-__all__ = ["IGNORE", "Batch", "Encoded", "pad_rows", "text_positions"]
+__all__ = ["IGNORE", "Batch", "Encoded", "answer_places", "pad_rows", "text_positions"]
 
 #: label of a position that is no answer
 IGNORE = -100
@@ -84,3 +84,24 @@ def pad_rows(rows: Sequence[Sequence[int]], fill: int, left: bool) -> Tensor:
 def text_positions(attention_mask: Tensor) -> Tensor:
     """Positions `[B, S]` that count the attended tokens of a row from 0; a pad repeats its neighbour's or has 0."""
     return (attention_mask.cumsum(1) - 1).clamp(min=0)
+
+
+def answer_places(prompts: list[list[int]], answers: list[list[int]], width: int) -> dict[str, Tensor]:
+    """Labels, and where the answer tokens are predicted, of right-padded rows."""
+    labels = pad_rows(
+        [[*[IGNORE] * len(prompt), *answer] for prompt, answer in zip(prompts, answers, strict=True)],
+        IGNORE,
+        left=False,
+    )
+    # the output at a position predicts the next token
+    positions = [
+        row * width + len(prompt) - 1 + step
+        for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
+        for step in range(len(answer))
+    ]
+    tokens = [token for answer in answers for token in answer]
+    return {
+        "labels": labels,
+        "answer_positions": torch.tensor(positions),
+        "answer_labels": torch.tensor(tokens),
+    }

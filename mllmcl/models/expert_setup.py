@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mllmcl_kernels import Mask
 
 from .experts import SCORES, ExpertLinear, ExpertProjectorLinear, ExpertState
 from .targets import linear_names, match_targets
 
-__all__ = ["experts_added", "experts_grown", "masks_of", "parameters_that_may_train"]
+__all__ = ["experts_added", "experts_grown", "fill", "masks_of", "parameters_that_may_train"]
 
 
 def _each(name: str, value, num: int, kind: type) -> tuple:
@@ -51,7 +51,9 @@ def experts_added(
     _check(num_experts, dropout, router, router_top_k)
     ranks = _each("rank", rank, num_experts, int)
     alphas = _each("alpha", alpha, num_experts, float)
-    names = match_targets(linear_names(mllm.model, mllm.language_path), targets)
+    if targets is None and not projector_experts:
+        raise ValueError("targets: None leaves the experts nothing unless projector_experts is set")
+    names = [] if targets is None else match_targets(linear_names(mllm.model, mllm.language_path), targets)
     projector = []
     if projector_experts:
         projector = [] if mllm.projector_path is None else linear_names(mllm.model, mllm.projector_path)
@@ -107,6 +109,28 @@ def parameters_that_may_train(mllm) -> dict[str, nn.Parameter]:
     for name, module in mllm.attached.items():
         found.update(module.named_parameters(prefix=name))
     return found
+
+
+def fill(own: dict[str, nn.Parameter], state: dict[str, Tensor]) -> None:
+    """See `MLLM.load_trainable_state`."""
+    missing = [name for name in own if name not in state]
+    extra = [name for name in state if name not in own]
+    wrong = [
+        f"{name}: expected {list(own[name].shape)}, got {list(state[name].shape)}"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    problems = [("missing", missing), ("left over", extra), ("of another shape", wrong)]
+    told = [
+        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if names[3:] else ''})"
+        for what, names in problems
+        if names
+    ]
+    if told:
+        raise ValueError(f"state does not fit the model: {'; '.join(told)}")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(state[name])
 
 
 def masks_of(mllm) -> dict[str, Mask]:

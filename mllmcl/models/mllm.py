@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from mllmcl_kernels import Mask
 
 from . import families
-from .batch import IGNORE, Batch, Encoded, pad_rows
-from .expert_setup import experts_added, experts_grown, masks_of, parameters_that_may_train
+from .batch import Batch, Encoded, answer_places, pad_rows
+from .expert_setup import experts_added, experts_grown, fill, masks_of, parameters_that_may_train
 from .experts import ExpertLinear, ExpertProjectorLinear, ExpertState, select, with_batch
 from .families.base import first_module
 from .features import FeatureCache, image_key
 from .generation import greedy
+from .prefixes import Prefixes
 from .prompts import SoftPrompts, prompt_rows, prompting
 
 __all__ = ["MLLM"]
@@ -36,7 +37,7 @@ class MLLM:
     `dtype`, `family`, `experts` (an `ExpertState`, None before `add_experts`), `expert_layers` (full name to
     `ExpertLinear`), `projector_layers`, `router` (a callable `samples -> gates` as in `use_experts`, or None),
     `routes_batches` (the router's answer is one for a whole batch, so `generate` asks it batch by batch), `prompts` (a
-    bank of soft prompts, None before `add_prompts`), `prompt_router` (a callable `samples -> int64 ids [B, k]`, or
+    bank of soft prompts or prefixes, or None), `prompt_router` (a callable `samples -> int64 ids [B, k]`, or
     None), `attached` (modules of a method by name).
     """
 
@@ -181,7 +182,7 @@ class MLLM:
         num_experts: int,
         rank: int | Sequence[int],
         alpha: float | Sequence[float],
-        targets: str | Sequence[str] = "all-linear",
+        targets: str | Sequence[str] | None = "all-linear",
         dropout: float = 0.05,
         router: str | None = None,
         router_top_k: int | None = None,
@@ -192,7 +193,8 @@ class MLLM:
         Args:
             num_experts: how many; all start trainable.
             rank, alpha: one value, or one for each expert. scaling = alpha / rank.
-            targets: "all-linear" for the seven kinds of a decoder layer, or see `targets.match_targets`.
+            targets: "all-linear" for the seven kinds of a decoder layer, or see `targets.match_targets`. None: no LoRA,
+                an expert is a copy of the projector, and rank and alpha say nothing.
             dropout: on the input of the LoRA path, in training mode.
             router: None, or "softmax", "sigmoid" or "cosine" for a learned in-layer router.
             router_top_k: experts kept for each token; None keeps all.
@@ -328,25 +330,7 @@ class MLLM:
         Raises:
             ValueError: names missing, names left over, or shapes that differ, with the first of them.
         """
-        own = parameters_that_may_train(self)
-        missing = [name for name in own if name not in state]
-        extra = [name for name in state if name not in own]
-        wrong = [
-            f"{name}: expected {list(own[name].shape)}, got {list(state[name].shape)}"
-            for name in own
-            if name in state and state[name].shape != own[name].shape
-        ]
-        problems = [("missing", missing), ("left over", extra), ("of another shape", wrong)]
-        told = [
-            f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if names[3:] else ''})"
-            for what, names in problems
-            if names
-        ]
-        if told:
-            raise ValueError(f"state does not fit the model: {'; '.join(told)}")
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(state[name])
+        fill(parameters_that_may_train(self), state)
 
     # -- what is no expert
 
@@ -366,18 +350,33 @@ class MLLM:
         return module
 
     def add_prompts(self, num_prompts: int, length: int) -> MLLM:
-        """A bank of soft prompts, each of `length` trained tokens; `use_prompts` puts them in.
-
-        Raises:
-            ValueError: there is a bank already, or a number is below 1.
-        """
+        """A bank of soft prompts, each of `length` trained tokens; `use_prompts` puts them in."""
         table = self.model.get_input_embeddings().weight
         self.prompts = self.attach("soft_prompts", SoftPrompts(num_prompts, length, table))
         return self
 
+    def add_prefixes(
+        self,
+        num_prefixes: int,
+        length: int,
+        layers: Sequence[int],
+        shared_length: int = 1,
+        shared_layers: Sequence[int] = (),
+    ) -> MLLM:
+        """A bank of prefixes, trained keys and values for some decoder layers; `use_prompts` puts them in.
+
+        Args:
+            num_prefixes, length, layers: prefixes of the bank, their length, the numbers of the layers that have them.
+            shared_length, shared_layers: of one more prefix that all samples have.
+        """
+        tower = self.model.get_submodule(self.language_path)
+        bank = Prefixes(tower, num_prefixes, length, layers, shared_length, shared_layers)
+        self.prompts = self.attach("prefixes", bank)
+        return self
+
     @contextlib.contextmanager
     def use_prompts(self, ids) -> Iterator[MLLM]:
-        """Within the context each sample has these soft prompts behind its start token.
+        """Within the context each sample has these soft prompts behind its start token, or these prefixes.
 
         Args:
             ids: int64 `[B, k]`, the last of a row nearest to the text, or `[B]`; -1 = none, and one batch may mix.
@@ -385,7 +384,7 @@ class MLLM:
         """
         if self.prompts is None:
             if ids is not None:
-                raise ValueError("prompts: there are none, call add_prompts first")
+                raise ValueError("prompts: there are none, call add_prompts or add_prefixes first")
             yield self
             return
         with self.prompts.using(ids):
@@ -403,10 +402,11 @@ class MLLM:
         return self
 
     def _recompute_contexts(self):
-        # asked for in the forward pass; the backward pass may run after use_experts has ended
-        if self.experts is None:
-            return contextlib.nullcontext(), contextlib.nullcontext()
-        return self.experts.recompute_contexts()
+        # asked for in the forward pass; the backward pass may run after use_experts and use_prompts have ended
+        contexts = [] if self.experts is None else [self.experts.recompute_contexts()[1]]
+        if self.prompts is not None:
+            contexts.append(self.prompts.using(self.prompts.ids))
+        return contextlib.nullcontext(), _entering_all(contexts)
 
     # -- batches
 
@@ -463,7 +463,7 @@ class MLLM:
             token_inputs=tuple(extras),
             image_index=tuple(index for index, count in enumerate(counts) if count),
             image_rows=tuple(count for count in counts if count),
-            **({} if left else _labels(encoded.ids, answers, input_ids.shape[1])),
+            **({} if left else answer_places(encoded.ids, answers, input_ids.shape[1])),
         )
         return batch.to(self.device)
 
@@ -679,29 +679,16 @@ class MLLM:
         return torch.tensor(sorted(ids - {None}), device=self.device)
 
 
+@contextlib.contextmanager
+def _entering_all(contexts: Sequence[contextlib.AbstractContextManager]) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield
+
+
 def _rows(gates, at: list[int], num_samples: int):
     """The rows of `gates` for the samples `at`; constant gates as they are."""
     if not isinstance(gates, Tensor) or (gates.is_floating_point() and gates.dim() == 1):
         return gates
     return gates[at]
-
-
-def _labels(prompts: list[list[int]], answers: list[list[int]], width: int) -> dict[str, Tensor]:
-    """Labels, and where the answer tokens are predicted, of right-padded rows."""
-    labels = pad_rows(
-        [[*[IGNORE] * len(prompt), *answer] for prompt, answer in zip(prompts, answers, strict=True)],
-        IGNORE,
-        left=False,
-    )
-    # the output at a position predicts the next token
-    positions = [
-        row * width + len(prompt) - 1 + step
-        for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
-        for step in range(len(answer))
-    ]
-    tokens = [token for answer in answers for token in answer]
-    return {
-        "labels": labels,
-        "answer_positions": torch.tensor(positions),
-        "answer_labels": torch.tensor(tokens),
-    }

@@ -98,10 +98,12 @@ class SoftPrompts(nn.Module):
         finally:
             handle.remove()
 
-    @property
-    def length(self) -> int:
-        """Tokens of a prompt."""
-        return self.weight.shape[1]
+    @contextlib.contextmanager
+    def prompting(self, mllm, batch: Batch) -> Iterator[tuple[Batch, Callable[[Tensor], Tensor]]]:
+        """The batch with room for the tokens, which the next forward pass fills, and what takes the room out again."""
+        prompted = with_room(batch, self.ids, self.weight.shape[1], mllm.tokenizer.bos_token_id, mllm.pad_id)
+        with self.entering(mllm.model.get_input_embeddings(), prompted.places):
+            yield prompted.batch, prompted.original
 
     def extra_repr(self) -> str:
         return "prompts={}, length={}, width={}".format(*self.weight.shape)
@@ -173,16 +175,9 @@ def with_room(batch: Batch, ids_Bk: Tensor, length: int, start_id: int | None, f
     return PromptedBatch(batch=prompted, places=places_BI, kept=kept_BS)
 
 
-@contextlib.contextmanager
-def prompting(mllm, batch: Batch) -> Iterator[tuple[Batch, Callable[[Tensor], Tensor]]]:
-    """The batch with the model's current soft prompts in it, and what takes them out of the output again.
-
-    Within the context the next forward pass gets them in.
-    """
-    prompts = mllm.prompts
-    if prompts is None or prompts.ids is None:
-        yield batch, lambda hidden: hidden
-        return
-    prompted = with_room(batch, prompts.ids, prompts.length, mllm.tokenizer.bos_token_id, mllm.pad_id)
-    with prompts.entering(mllm.model.get_input_embeddings(), prompted.places):
-        yield prompted.batch, prompted.original
+def prompting(mllm, batch: Batch) -> contextlib.AbstractContextManager:
+    """Context for one forward pass: yields the batch with the model's current prompts in it, and what takes them out of
+    the output again."""
+    if mllm.prompts is None or mllm.prompts.ids is None:
+        return contextlib.nullcontext((batch, lambda hidden: hidden))
+    return mllm.prompts.prompting(mllm, batch)
