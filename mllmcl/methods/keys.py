@@ -1,6 +1,6 @@
 """Keys in the space of frozen features: a sample is given what belongs to the keys nearest to it."""
 
-# B samples, N keys, k chosen keys, G groups, w width of a group, d = G w feature width
+# B samples, N keys, k chosen keys, G groups, d feature width
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .features import image_features, text_features
 
-__all__ = ["KEYS", "Keys", "attach_keys", "nearest", "query", "voted"]
+__all__ = ["KEYS", "Keys", "attach_keys", "cosines", "nearest", "query", "voted"]
 
 #: name of the keys in the model
 KEYS = "prompt_keys"
@@ -23,8 +23,22 @@ def query(mllm, samples: Sequence) -> Tensor:
     return torch.cat([image_features(mllm, samples), text_features(mllm, samples)], dim=-1)
 
 
+def cosines(one_Bd: Tensor, other_Nd: Tensor, groups: int = 1) -> Tensor:
+    """Cosines `[B, N]`, in float32 or better also under autocast; the mean of those of G groups of features.
+
+    Where d is no multiple of G, zeros are added.
+    """
+    dtype = torch.promote_types(other_Nd.dtype, torch.float32)
+    units = []
+    for rows in (one_Bd, other_Nd):
+        wide = F.pad(rows.to(dtype), (0, -rows.shape[1] % groups)).unflatten(1, (groups, -1))
+        units.append(F.normalize(wide, dim=-1).flatten(1))
+    with torch.autocast(one_Bd.device.type, enabled=False):
+        return units[0] @ units[1].t() / groups
+
+
 class Keys(nn.Module):
-    """`.weight` `[N, d]`; a key is like a query by the mean over G groups of features of their cosines."""
+    """`.weight` `[N, d]`; gives the cosines `[B, N]` of queries `[B, d]`, the mean over groups of features."""
 
     def __init__(self, weight_Nd: Tensor, groups: int = 1):
         super().__init__()
@@ -32,12 +46,7 @@ class Keys(nn.Module):
         self.groups = groups
 
     def forward(self, query_Bd: Tensor) -> Tensor:
-        """Cosines `[B, N]`."""
-        query_BGw, key_NGw = (
-            F.normalize(rows.unflatten(-1, (self.groups, -1)), dim=-1)
-            for rows in (query_Bd.to(self.weight.dtype), self.weight)
-        )
-        return query_BGw.flatten(1) @ key_NGw.flatten(1).t() / self.groups
+        return cosines(query_Bd, self.weight, self.groups)
 
 
 def attach_keys(mllm, num_keys: int, stream) -> Keys:

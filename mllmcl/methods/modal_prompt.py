@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .features import image_features, text_features
+from .keys import cosines
 from .prompted import BANK, PromptMethod
 
 
@@ -83,10 +84,7 @@ class ModalPrompt(PromptMethod):
     def cosines(self, features: tuple[Tensor, Tensor], prototypes: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines of image and text with their parts of the prototypes `[T, v + u]`, each `[B, T]`."""
         parts = prototypes.split(self.widths, dim=-1)
-        return tuple(
-            F.normalize(own.to(part.dtype), dim=-1) @ F.normalize(part, dim=-1).t()
-            for own, part in zip(features, parts, strict=True)
-        )
+        return tuple(cosines(own, part) for own, part in zip(features, parts, strict=True))
 
     def best(self, features: tuple[Tensor, Tensor], num_tasks: int, count: int) -> Tensor:
         """Of the first tasks those with the highest scores, the best last: int64 `[B, min(count, num_tasks)]`."""

@@ -13,6 +13,7 @@ _WHERE = {
     "Selection": ".experts",
     "ComposedModel": ".composed",
     "Prefixes": ".prefixes",
+    "Steering": ".steering",
     "SoftPrompts": ".prompts",
 }
 __all__ = sorted(_WHERE)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 import torch
 from torch import Tensor
 
-__all__ = ["IGNORE", "Batch", "Encoded", "answer_places", "pad_rows", "text_positions"]
+__all__ = ["IGNORE", "Batch", "Encoded", "answer_places", "pad_rows", "prompt_mask", "text_positions"]
 
 #: label of a position that is no answer
 IGNORE = -100
@@ -84,6 +84,12 @@ def pad_rows(rows: Sequence[Sequence[int]], fill: int, left: bool) -> Tensor:
 def text_positions(attention_mask: Tensor) -> Tensor:
     """Positions `[B, S]` that count the attended tokens of a row from 0; a pad repeats its neighbour's or has 0."""
     return (attention_mask.cumsum(1) - 1).clamp(min=0)
+
+
+def prompt_mask(batch: Batch) -> Tensor:
+    """bool `[B, S]`, True at the tokens of the prompt: neither pad nor answer."""
+    mask = batch.attention_mask.bool()
+    return mask if batch.labels is None else mask & (batch.labels == IGNORE)
 
 
 def answer_places(prompts: list[list[int]], answers: list[list[int]], width: int) -> dict[str, Tensor]:

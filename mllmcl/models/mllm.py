@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from mllmcl_kernels import Mask
 
 from . import families
-from .batch import Batch, Encoded, answer_places, pad_rows
+from .batch import Batch, Encoded, answer_places, pad_rows, prompt_mask
+from .description import described
 from .expert_setup import experts_added, experts_grown, fill, masks_of, parameters_that_may_train
 from .experts import ExpertLinear, ExpertProjectorLinear, ExpertState, select, with_batch
 from .families.base import first_module
@@ -23,6 +24,7 @@ from .features import FeatureCache, image_key
 from .generation import greedy
 from .prefixes import Prefixes
 from .prompts import SoftPrompts, prompt_rows, prompting
+from .steering import Steering
 
 __all__ = ["MLLM"]
 
@@ -38,7 +40,7 @@ class MLLM:
     `ExpertLinear`), `projector_layers`, `router` (a callable `samples -> gates` as in `use_experts`, or None),
     `routes_batches` (the router's answer is one for a whole batch, so `generate` asks it batch by batch), `prompts` (a
     bank of soft prompts or prefixes, or None), `prompt_router` (a callable `samples -> int64 ids [B, k]`, or
-    None), `attached` (modules of a method by name).
+    None), `attached` (modules of a method by name), `steering` (a `Steering` of its language tower, or None).
     """
 
     def __init__(self, model: nn.Module, processor, tokenizer):
@@ -54,6 +56,7 @@ class MLLM:
         self.prompts: SoftPrompts | None = None
         self.prompt_router: Callable[[Sequence], Tensor] | None = None
         self.attached: dict[str, nn.Module] = {}
+        self.steering: Steering | None = None
         self.features = FeatureCache()
         self._vision_identity: str | None = None
         self._prompt_parts: tuple[str, str] | None = None
@@ -148,26 +151,7 @@ class MLLM:
 
     def describe(self) -> str:
         """Trainable parameters, the layers with experts and the experts, as text."""
-        parameters = list(self.model.named_parameters())
-        total = sum(value.numel() for _, value in parameters)
-        trains = [(name, value) for name, value in parameters if value.requires_grad]
-        count = sum(value.numel() for _, value in trains)
-        lines = [
-            f"{type(self.model).__name__}, family {self.family.name}: {count:,} of {total:,} parameters train "
-            f"({100 * count / total:.2f} %), in {len(trains)} tensors"
-        ]
-        if self.experts is not None:
-            state = self.experts
-            lines.append(
-                f"experts: {state.num_experts}, ranks {state.ranks}, scaling {state.scaling}, "
-                f"trainable {state.trainable}, dropout {state.dropout}, router {state.router}, "
-                f"top-k {state.router_top_k}"
-            )
-            lines.append(f"expert layers ({len(self.expert_layers)}):")
-            lines += [f"  {path}" for path in self.expert_layers]
-            lines += [f"  {path} (a copy for each expert)" for path in self.projector_layers]
-        lines += [f"attached: {name}: {type(module).__name__}" for name, module in self.attached.items()]
-        return "\n".join(lines)
+        return described(self)
 
     def _refuse_unknown_heads(self) -> None:
         config = getattr(self.model.config, "text_config", self.model.config)
@@ -557,23 +541,19 @@ class MLLM:
                 total += self.loss(self._padded((), encoded, [row[1:] for row in part])) * len(part)
         return float(torch.exp(total / len(rows)))
 
-    def _in_batch(self, batch: Batch, memory: dict[str, Tensor] | None = None) -> contextlib.AbstractContextManager:
+    @contextlib.contextmanager
+    def _in_batch(self, batch: Batch, memory: dict[str, Tensor] | None = None) -> Iterator[None]:
+        """What forward passes over a batch have to know of it."""
         state = self.experts
-        if state is None:
-            return contextlib.nullcontext()
-        mask = batch.attention_mask.bool()
-        prompt = mask if batch.labels is None else mask & (batch.labels == IGNORE)
-        return state.using(
-            with_batch(
-                state.selection,
-                mask if state.collect else None,
-                batch.image_index,
-                batch.image_rows,
-                prompt_mask=prompt,
-                features=batch.features,
-                memory=memory,
-            )
-        )
+        with contextlib.ExitStack() as stack:
+            if self.steering is not None:
+                stack.enter_context(self.steering.on(batch))
+            if state is not None:
+                token_mask = batch.attention_mask.bool() if state.collect else None
+                facts = {"prompt_mask": prompt_mask(batch), "features": batch.features, "memory": memory}
+                selection = with_batch(state.selection, token_mask, batch.image_index, batch.image_rows, **facts)
+                stack.enter_context(state.using(selection))
+            yield
 
     def _forward(self, input_ids, attention_mask, position_ids, inputs, past_key_values=None, use_cache=False):
         return self.trunk(

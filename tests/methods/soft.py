@@ -1,9 +1,13 @@
-"""Rows with soft tokens, put together by hand."""
+"""The plain side of methods with keys and soft tokens: rows put together by hand, one step of torch's AdamW."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+
+def cosine(one: Tensor, other: Tensor) -> Tensor:
+    return (one @ other) / (one.norm() * other.norm())
 
 
 def by_hand(mllm, sample, soft_ID: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from mllmcl import methods
 from mllmcl.methods.keys import Keys, query, voted
 
 from ..training.made_up_run import make_stream
-from .soft import answer_labels, by_hand, plain_adamw
+from .soft import answer_labels, by_hand, cosine, plain_adamw
 from .stepping import our_step, prepared
 from .test_boundaries import items
 
@@ -20,10 +20,6 @@ from .test_boundaries import items
 @pytest.fixture(scope="module")
 def stream():
     return make_stream(num_train=8, num_test=4)
-
-
-def cosine(one, other) -> torch.Tensor:
-    return (one @ other) / (one.norm() * other.norm())
 
 
 @pytest.mark.parametrize("legacy", [False, True])

@@ -127,7 +127,10 @@ def test_new_prompts_are_tokens_of_the_vocabulary(build, family):
 def test_wrong_prompts_are_refused(build):
     mllm = build("composed")
     samples = make_samples("composed", 2)
-    with pytest.raises(ValueError, match="there are none, call add_prompts first"), mllm.use_prompts([0]):
+    with (
+        pytest.raises(ValueError, match="there are none, call add_prompts or add_pref"),
+        mllm.use_prompts([0]),
+    ):
         pass
     mllm.add_prompts(2, 1)
     for ids, error, match in (
