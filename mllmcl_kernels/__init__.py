@@ -10,6 +10,7 @@ from .ops.lora_mix_routed import lora_mix_routed
 from .ops.mask_grads import mask_grads_
 from .ops.masked_adamw import masked_adamw_
 from .ops.route import Routing, route
+from .ops.soft_target_cross_entropy import soft_target_cross_entropy
 from .optim import MaskedAdamW
 
 __all__ = [
@@ -25,4 +26,5 @@ __all__ = [
     "mask_grads_",
     "masked_adamw_",
     "route",
+    "soft_target_cross_entropy",
 ]
