@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mllmcl import methods
-from mllmcl.methods.losses import orthogonality_loss
+from mllmcl_kernels import orthogonality_loss
 
 from ..training.made_up_run import make_stream
 from .mixing import items, learned, reloaded, routed_logits, same_alone_and_mixed, survives_cuts
