@@ -9,7 +9,11 @@ from .ops.lora_mix import lora_mix
 from .ops.lora_mix_routed import lora_mix_routed
 from .ops.mask_grads import mask_grads_
 from .ops.masked_adamw import masked_adamw_
+from .ops.orthogonality_loss import orthogonality_loss
+from .ops.project_grads import project_grads_
 from .ops.route import Routing, route
+from .ops.sampled_product_l1 import sampled_product_l1
+from .ops.soft_target_cross_entropy import soft_target_cross_entropy
 from .optim import MaskedAdamW
 
 __all__ = [
@@ -24,5 +28,9 @@ __all__ = [
     "lora_mix_routed",
     "mask_grads_",
     "masked_adamw_",
+    "orthogonality_loss",
+    "project_grads_",
     "route",
+    "sampled_product_l1",
+    "soft_target_cross_entropy",
 ]

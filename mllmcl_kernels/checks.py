@@ -58,15 +58,16 @@ def expect_lists(op: str, lists: dict[str, Sequence[Tensor]]) -> None:
     for name, tensors in rest:
         if len(tensors) != len(heads):
             expect(False, op, name, f"as many as {first} = {len(heads)}", len(tensors))
+    device = getattr(heads[0], "device", None) if heads else None
     for name, tensors in lists.items():
         for index, (tensor, head) in enumerate(zip(tensors, heads, strict=True)):
             if (
                 not isinstance(tensor, Tensor)
                 or tensor.dtype not in FLOATS
                 or tensor.shape != head.shape
-                or tensor.device != heads[0].device
+                or tensor.device != device
             ):
-                _refuse(op, f"{name}[{index}]", tensor, f"{first}[{index}]", head, heads[0].device)
+                _refuse(op, f"{name}[{index}]", tensor, f"{first}[{index}]", head, device)
 
 
 def _refuse(op: str, argument: str, tensor: object, first: str, head: Tensor, device: torch.device) -> None:

@@ -23,8 +23,8 @@ __all__ = ["BACKENDS", "DEFAULT_BACKEND", "backends", "build_info", "debug_check
 log = logging.getLogger("mllmcl_kernels")
 FOLDER = Path(__file__).parent
 
-#: every backend, the fastest first where several can run
-BACKENDS = ("cuda", "triton", "cpp", "reference")
+#: every backend, the fastest first where several can run; "chunked" is plain torch that never holds the whole
+BACKENDS = ("cuda", "triton", "cpp", "chunked", "reference")
 
 
 def _default_backend() -> str | None:
@@ -60,7 +60,7 @@ def _load_shared(stem: str) -> str | None:
 @functools.cache
 def machine_reason(backend: str) -> str | None:
     """None where `backend` can run on this machine, else the reason in words."""
-    if backend == "reference":
+    if backend in ("chunked", "reference"):
         return None
     if backend == "cpp":
         return _load_shared("mllmcl_cpu")

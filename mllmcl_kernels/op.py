@@ -29,7 +29,9 @@ LIBRARY = Library(NAMESPACE, "DEF")
 REGISTRY: dict[str, Op] = {}
 
 #: providers tried in this order when the caller names none
-PRIORITY = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
+PRIORITY = {"cpu": ("cpp", "chunked", "reference"), "cuda": ("cuda", "triton", "chunked", "reference")}
+#: device types of the tensors that a backend takes
+DEVICES = {"cpp": ("cpu",), "cuda": ("cuda",), "triton": ("cuda", "cpu")}
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ class Op:
     mutates        names of arguments written in place
     autocast       names of tensor arguments cast to the autocast dtype (the rest stays as it came)
     constants      names of floating tensor arguments that get no gradient
+    aside          places of the floating outputs that pass no gradient on, such as what only the backward reads
     tolerance      factor of the error rule where it has to differ from 2, with `tolerance_reason` in words
     """
 
@@ -108,6 +111,7 @@ class Op:
     mutates: Sequence[str] = ()
     autocast: Sequence[str] = ()
     constants: Sequence[str] = ()
+    aside: Sequence[int] = ()
     tolerance: float = 2.0
     tolerance_reason: str = ""
     providers: dict[str, Provider] = field(default_factory=dict)
@@ -192,7 +196,7 @@ class Op:
             return provider
         tensor = _first_tensor(args)
         device = "cpu" if tensor is None else tensor.device.type
-        wants = {"cpp": ("cpu",), "cuda": ("cuda",), "triton": ("cuda", "cpu"), "reference": ("cpu", "cuda")}[backend]
+        wants = DEVICES.get(backend, ("cpu", "cuda"))
         if device not in wants:
             return f"{backend} runs on {' or '.join(wants)} tensors, got {device}"
         if backend == "triton" and device == "cpu" and torch.cuda.is_available():

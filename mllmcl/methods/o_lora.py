@@ -10,8 +10,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from mllmcl_kernels import orthogonality_loss
+
 from .isolated import ExpertPerTask
-from .losses import orthogonality_loss
 
 
 @dataclass(kw_only=True)

@@ -7,8 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from mllmcl_kernels import soft_target_cross_entropy
+
 from .base import LoraMethod, Method
-from .losses import soft_target_cross_entropy
 
 __all__ = ["SoftTargetMethod", "SoftTargets"]
 

@@ -67,6 +67,10 @@ def our_step(mllm, method, samples, lr: float = 0.01) -> torch.Tensor:
     return loss.detach()
 
 
+def plain_loss(mllm, samples) -> torch.Tensor:
+    return mllm.loss(mllm.collate(samples, with_answers=True))
+
+
 def plain_step(mllm, loss: torch.Tensor, change=None, lr: float = 0.01) -> torch.Tensor:
     """AdamW on a loss; `change` is given the parameters that have gradients before the step."""
     params = list(trainable(mllm).values())

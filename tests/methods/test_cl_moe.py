@@ -14,7 +14,7 @@ from mllmcl import methods
 from ..training.made_up_run import make_stream
 from .mixing import items, learned, reloaded, routed_logits, same_alone_and_mixed, survives_cuts
 from .plain import make_plain, softmax
-from .test_formulas import our_step, plain_step, prepared
+from .stepping import our_step, plain_loss, plain_step, prepared
 
 SMALL = {"experts": 4, "rank": 2, "alpha": 16.0}
 
@@ -42,11 +42,14 @@ def test_one_step_is_moeloras_and_counts_the_top_two_of_every_token(legacy, stre
         for path, layer in mllm.expert_layers.items()
     ]
     routers = {path: layer.router_weight.detach().clone() for path, layer in mllm.expert_layers.items()}
-    samples = list(stream.tasks[0].train[:5])
-    torch.testing.assert_close(our_step(mllm, method, samples), plain_step(plain, samples), rtol=1e-9, atol=1e-9)
+    # of unequal length, so that there are pads that must not count
+    samples = [sample for task in stream.tasks for sample in task.train[:2]]
+    theirs = plain_step(plain, plain_loss(plain, samples))
+    torch.testing.assert_close(our_step(mllm, method, samples), theirs, rtol=1e-9, atol=1e-9)
     for hook in hooks:
         hook.remove()
     mask = mllm.collate(samples, with_answers=True).attention_mask
+    assert not mask.all()
     for place, (path, layer) in enumerate(mllm.expert_layers.items()):
         other = plain.model.get_submodule(path)
         torch.testing.assert_close(layer.lora_b, torch.cat(list(other.b), 1), rtol=1e-7, atol=1e-9)

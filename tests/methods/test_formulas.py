@@ -11,7 +11,7 @@ from mllmcl import methods
 
 from ..training.made_up_run import make_stream
 from .plain import equal, make_plain, one, softmax
-from .stepping import our_step, plain_step, prepared
+from .stepping import our_step, plain_loss, plain_step, prepared
 
 # name, options, task, gates of the plain version, experts that train, projector copy
 CASES = (
@@ -27,10 +27,6 @@ CASES = (
 @pytest.fixture(scope="module")
 def stream():
     return make_stream()
-
-
-def plain_loss(plain, samples) -> torch.Tensor:
-    return plain.loss(plain.collate(samples, with_answers=True))
 
 
 @pytest.mark.parametrize(("name", "options", "task", "weigh", "trains", "copied"), CASES, ids=lambda v: str(v)[:24])

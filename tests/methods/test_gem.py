@@ -12,7 +12,7 @@ from mllmcl.methods.gem import gem_gradient, nonnegative_quadratic
 
 from ..training.made_up_run import make_stream
 from .plain import equal, make_plain
-from .stepping import fill, our_step, plain_step, prepared, recorded_draws, same_lora
+from .stepping import fill, our_step, plain_loss, plain_step, prepared, recorded_draws, same_lora
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def test_one_step_is_the_papers(legacy, stream):
         for param, part in zip(params, g.split([param.numel() for param in params]), strict=True):
             param.grad.copy_(part.view_as(param))
 
-    theirs = plain_step(plain, plain.loss(plain.collate(samples, with_answers=True)), change)
+    theirs = plain_step(plain, plain_loss(plain, samples), change)
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
     assert turned == [True]
     same_lora(mllm, plain)

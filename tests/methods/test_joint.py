@@ -11,7 +11,7 @@ from mllmcl.evaluation import Report
 
 from ..training.made_up_run import make_run, make_stream
 from .plain import equal, make_plain
-from .stepping import our_step, plain_step, prepared, same_lora
+from .stepping import our_step, plain_loss, plain_step, prepared, same_lora
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def test_one_step_on_samples_of_all_tasks_is_loras(stream):
     plain = copy.deepcopy(mllm)
     make_plain(plain, [True], equal)
     samples = [task.train[0] for task in stream.tasks]
-    theirs = plain_step(plain, plain.loss(plain.collate(samples, with_answers=True)))
+    theirs = plain_step(plain, plain_loss(plain, samples))
     torch.testing.assert_close(our_step(mllm, method, samples), theirs, rtol=1e-10, atol=1e-12)
     same_lora(mllm, plain)
 

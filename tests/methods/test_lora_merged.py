@@ -15,7 +15,7 @@ from ..models.tiny import make_composed
 from ..training.made_up_run import make_run, make_stream
 from ..training.test_loop import final_tensors
 from .plain import equal, make_plain
-from .stepping import fill, our_step, plain_step, prepared, same_lora
+from .stepping import fill, our_step, plain_loss, plain_step, prepared, same_lora
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_one_step_of_the_second_task_is_the_papers(rslora, scaling, stream):
     make_plain(plain, [True], equal)
     for path, weight in merged.items():
         plain.model.get_submodule(path).base.weight.data.copy_(weight)
-    theirs = plain_step(plain, plain.loss(plain.collate(samples, with_answers=True)))
+    theirs = plain_step(plain, plain_loss(plain, samples))
     torch.testing.assert_close(our_step(mllm, method, samples), theirs, rtol=1e-9, atol=1e-10)
     same_lora(mllm, plain)
 

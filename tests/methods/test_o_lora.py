@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from mllmcl import methods
-from mllmcl.methods.losses import orthogonality_loss
+from mllmcl_kernels import orthogonality_loss
 
 from ..training.made_up_run import make_stream
 from .mixing import items, learned, reloaded, routed_logits, same_alone_and_mixed, survives_cuts
 from .plain import equal, make_plain, one
-from .test_formulas import our_step, prepared
+from .stepping import our_step, prepared
 
 OPTIONS = {"rank": 2, "alpha": 6.0, "orthogonality": 0.3, "size": 0.2}
 

@@ -11,7 +11,7 @@ from mllmcl import methods
 
 from ..training.made_up_run import make_stream
 from .plain import equal, make_plain
-from .stepping import our_step, plain_step, prepared, same_lora
+from .stepping import our_step, plain_loss, plain_step, prepared, same_lora
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def test_one_step_on_the_mixture_is_loras(stream):
     make_plain(plain, [True], equal)
     samples = method.training_samples(stream.tasks[1])[-5:]
     assert {sample.task for sample in samples} == {"t0", "t1"}
-    theirs = plain_step(plain, plain.loss(plain.collate(samples, with_answers=True)))
+    theirs = plain_step(plain, plain_loss(plain, samples))
     torch.testing.assert_close(our_step(mllm, method, samples), theirs, rtol=1e-10, atol=1e-12)
     same_lora(mllm, plain)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mllmcl import methods
-from mllmcl.methods.losses import soft_target_cross_entropy
+from mllmcl_kernels import soft_target_cross_entropy
 
 from ..training.made_up_run import make_stream
 from .plain import equal, make_plain

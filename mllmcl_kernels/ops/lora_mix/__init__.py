@@ -89,6 +89,7 @@ lora_mix_op = Op(
     cost=_cost,
     setup_context=_setup_context,
     backward=_backward,
+    aside=(1,),
     autocast=("x", "weight", "bias", "lora_a", "lora_b"),
 )
 

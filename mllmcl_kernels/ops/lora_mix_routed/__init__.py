@@ -75,6 +75,7 @@ lora_mix_routed_op = Op(
     setup_context=_setup_context,
     backward=_backward,
     constants=("noise",),
+    aside=(1,),
     autocast=("x", "weight", "bias", "lora_a", "lora_b", "router_weight", "router_bias"),
 )
 
