@@ -5,12 +5,11 @@ BIN    := $(VENV)/bin
 RUNS   := runs/demo
 QUICK  ?=
 ifneq ($(QUICK),)
-QUICK_OPTIONS := --train.max_steps 10 --train.zero_shot false --train.eval_batch_size 48 \
-                 --train.evaluate_seen_only true --stream.options '{num_train: 384, num_test: 48}'
+QUICK_OPTIONS := --train.max_steps 8 --stream.options '{num_train: 288, num_test: 32}'
 endif
 
-# a thread that waits for another gives its core away: the machine may be busy with other things
-export OMP_WAIT_POLICY ?= PASSIVE
+# a thread that waits for another spins for some microseconds only, then gives its core away to what else is running
+export GOMP_SPINCOUNT ?= 3000
 
 .PHONY: env demo test lint bench clean
 

@@ -6,7 +6,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-__all__ = ["AdamWCase", "MixCase", "RouteCase", "adamw_cases", "mix_cases", "route_cases", "routed_cases"]
+__all__ = [
+    "ListCase",
+    "MixCase",
+    "RouteCase",
+    "adamw_cases",
+    "anchor_cases",
+    "ema_cases",
+    "importance_cases",
+    "mix_cases",
+    "route_cases",
+    "routed_cases",
+]
 
 DEFAULT = "default"
 AUTOTUNED = "max-autotune-no-cudagraphs"
@@ -62,10 +73,14 @@ class RouteCase:
 
 
 @dataclass(frozen=True)
-class AdamWCase:
-    """One optimizer step; `shapes` are the parameters', each stacked expert along the dimension in `dims`."""
+class ListCase:
+    """One call over a list of tensors of these `shapes`, experts stacked along the dimensions in `dims`.
+
+    work: what is done, where the op has more than one way.
+    """
 
     title: str
+    work: str
     mask: str
     shapes: tuple[tuple[int, int], ...]
     dims: tuple[int, ...]
@@ -74,7 +89,8 @@ class AdamWCase:
 
     def __str__(self) -> str:
         millions = sum(rows * columns for rows, columns in self.shapes) / 1e6
-        return f"{self.title}, {len(self.shapes)} tensors, {millions:.1f} M entries, {self.mask}"
+        parts = (self.title, f"{len(self.shapes)} tensors", f"{millions:.1f} M entries", self.work, self.mask)
+        return ", ".join(part for part in parts if part)
 
 
 MIX = {
@@ -140,8 +156,8 @@ def _lora_shapes(layers: int, linears: tuple[tuple[int, int], ...], total: int) 
     return tuple(shape for width, out in linears for shape in ((total, width), (out, total))) * layers
 
 
-def adamw_cases(device: str) -> tuple[AdamWCase, ...]:
-    """The adapters of every linear of a language model, and one large tensor."""
+def _lists(device: str, works: tuple[tuple[str, str], ...], one: str | None = None) -> tuple[ListCase, ...]:
+    """The adapters of every linear of a language model, and one large tensor for the work `one`."""
     if device == "cuda":
         experts, rank, shapes = 8, 16, _lora_shapes(32, ((4096, 4096),) * 7, 128)
     else:
@@ -150,9 +166,29 @@ def adamw_cases(device: str) -> tuple[AdamWCase, ...]:
         square, narrow = (576, 576), (576, 192)
         shapes = _lora_shapes(30, (square, narrow, narrow, square, (576, 1536), (576, 1536), (1536, 576)), 64)
     dims = tuple(place % 2 for place in range(len(shapes)))
-    every = [AdamWCase("LoRA experts", mask, shapes, dims, experts, rank) for mask in MASKS]
-    one = ((20000, 1024),) if device == "cuda" else ((20000, 1000),)
-    return (*every, AdamWCase("one tensor", "no mask", one, (0,), 8, 2500))
+    every = [ListCase("LoRA experts", work, mask, shapes, dims, experts, rank) for work, mask in works]
+    if one is not None:
+        large = ((20000, 1024),) if device == "cuda" else ((20000, 1000),)
+        every.append(ListCase("one tensor", one, "no mask", large, (0,), 8, 2500))
+    return tuple(every)
+
+
+def adamw_cases(device: str) -> tuple[ListCase, ...]:
+    return _lists(device, tuple(("", mask) for mask in MASKS), "")
+
+
+def ema_cases(device: str) -> tuple[ListCase, ...]:
+    works = [("constant rate", mask) for mask in MASKS]
+    works += [(work, "no mask") for work in ("dema by tensor", "dema by expert", "pema by entry")]
+    return _lists(device, tuple(works), "dema by tensor")
+
+
+def importance_cases(device: str) -> tuple[ListCase, ...]:
+    return _lists(device, (("mean of squares", MASKS[0]), ("mean of squares", MASKS[1]), ("maxima, owners", MASKS[0])))
+
+
+def anchor_cases(device: str) -> tuple[ListCase, ...]:
+    return _lists(device, (("", MASKS[0]), ("", MASKS[1]), ("bfloat16 importances", MASKS[0])))
 
 
 def shrink(case):

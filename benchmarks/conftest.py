@@ -23,6 +23,9 @@ TABLES = {
     "routed_case": cases.routed_cases,
     "route_case": cases.route_cases,
     "adamw_case": cases.adamw_cases,
+    "ema_case": cases.ema_cases,
+    "importance_case": cases.importance_cases,
+    "anchor_case": cases.anchor_cases,
 }
 PACKAGES = ("torch", "triton", "peft", "numpy")
 BEGAN = time.monotonic()

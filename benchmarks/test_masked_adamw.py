@@ -8,22 +8,13 @@ from torch import Tensor
 from mllmcl_kernels import Mask, MaskedAdamW
 
 from . import peers
-from .cases import AdamWCase
+from .cases import ListCase
+from .lists import masks_of
 from .measuring import RESULTS, Case, misses, providers_used, race
 
 OPTIONS = {"lr": 1e-4, "weight_decay": 0.01}
 #: parameter, gradient, two moments read; parameter and moments written
 PASSES = 7
-
-
-def masks_of(case: AdamWCase, generator: torch.Generator) -> list[Mask | None]:
-    if case.mask == "no mask":
-        return [None] * len(case.shapes)
-    if case.mask == "half of the entries active":
-        draws = (torch.rand(shape, generator=generator, device=generator.device) for shape in case.shapes)
-        return [Mask.elements(draw < 0.5) for draw in draws]
-    active = torch.arange(case.experts) == 3 % case.experts
-    return [Mask.experts(active, (case.rank,) * case.experts, dim) for dim in case.dims]
 
 
 def copies(tensors: list[Tensor]) -> list[Tensor]:
@@ -75,13 +66,13 @@ def contestants(params: list[Tensor], masks: list[Mask | None]) -> dict:
     return field
 
 
-def test_masked_adamw(benchmark, adamw_case: AdamWCase, device, rounds):
+def test_masked_adamw(benchmark, adamw_case: ListCase, device, rounds):
     case = adamw_case
     generator = torch.Generator(device).manual_seed(0)
     params = [torch.randn(shape, generator=generator, device=device).requires_grad_() for shape in case.shapes]
     for param in params:
         param.grad = torch.randn(param.shape, generator=generator, device=device)
-    masks = [None if mask is None else mask.to(device) for mask in masks_of(case, generator)]
+    masks = masks_of(case, generator)
     share = 1 / case.experts if case.mask.startswith("1 of") else 1.0
     record = Case("masked_adamw_", f"{case}, float32", bytes=int(share * PASSES * 4 * sum(p.numel() for p in params)))
     RESULTS.append(record)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Callable
@@ -107,6 +108,14 @@ def _dashes(arguments: list[str]) -> list[str]:
 
 
 def _run(arguments: list[str]) -> int:
+    if len(arguments) == 1 and arguments[0].endswith((".yaml", ".yml")):
+        import yaml
+
+        from .sweep import run_sweep
+
+        path = Path(arguments[0])
+        if path.is_file() and "sweep" in (yaml.safe_load(path.read_text()) or {}):
+            return run_sweep(path, say=functools.partial(print, flush=True))
     parser = _run_parser()
     config = parser.instantiate_classes(parser.parse_args(_dashes(arguments)))
     settings = RunConfig(**{name: config[name] for name in ("train", "model", "method", "stream", "dry_run")})
@@ -250,7 +259,7 @@ def _export(arguments: list[str]) -> int:
 
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
-    "run": (_run, "learn a stream of tasks: mllmcl run [CONFIG.yaml] [--key value ...]"),
+    "run": (_run, "learn a stream of tasks, or a sweep of them: mllmcl run [CONFIG.yaml] [--key value ...]"),
     "report": (_report, "compare finished runs: mllmcl report RUN..."),
     "methods": (_methods, "list the methods, their sources and what they store"),
     "streams": (_streams, "list the streams"),
@@ -284,7 +293,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"mllmcl: no command {arguments[0]!r}{hint}\n\n{usage()}", file=sys.stderr)
         return USAGE
     # a thread that waits for another gives its core away; spinning makes a step ten times longer on a busy machine
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     signal.signal(signal.SIGTERM, _on_terminate)
     try:
         return COMMANDS[arguments[0]][0](arguments[1:])

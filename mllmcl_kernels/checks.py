@@ -7,7 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["FLOATS", "expect", "expect_device", "expect_floating", "expect_shape", "expect_tensor"]
+__all__ = [
+    "FLOATS",
+    "expect",
+    "expect_device",
+    "expect_floating",
+    "expect_lists",
+    "expect_number",
+    "expect_shape",
+    "expect_tensor",
+]
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -38,3 +47,43 @@ def expect_device(op: str, argument: str, value: Tensor | None, device: torch.de
 def expect_shape(op: str, argument: str, value: Tensor, letters: str, shape: Sequence[int]) -> None:
     """`letters` spells the shape in the documentation's names, `shape` in numbers."""
     expect(tuple(value.shape) == tuple(shape), op, argument, f"{letters} = {list(shape)}", list(value.shape))
+
+
+def expect_lists(op: str, lists: dict[str, Sequence[Tensor]]) -> None:
+    """Lists of equal length whose floating tensors share shape and device, place by place, with the first list's.
+
+    A call may bring hundreds of tensors, so that words are made on failure only.
+    """
+    (first, heads), *rest = lists.items()
+    for name, tensors in rest:
+        if len(tensors) != len(heads):
+            expect(False, op, name, f"as many as {first} = {len(heads)}", len(tensors))
+    device = getattr(heads[0], "device", None) if heads else None
+    for name, tensors in lists.items():
+        for index, (tensor, head) in enumerate(zip(tensors, heads, strict=True)):
+            if (
+                not isinstance(tensor, Tensor)
+                or tensor.dtype not in FLOATS
+                or tensor.shape != head.shape
+                or tensor.device != device
+            ):
+                _refuse(op, f"{name}[{index}]", tensor, f"{first}[{index}]", head, device)
+
+
+def _refuse(op: str, argument: str, tensor: object, first: str, head: Tensor, device: torch.device) -> None:
+    expect_tensor(op, argument, tensor)
+    expect_floating(op, argument, tensor)
+    shape = list(head.shape)
+    expect(list(tensor.shape) == shape, op, argument, f"of {first}'s shape {shape}", list(tensor.shape))
+    expect(tensor.device == device, op, argument, f"on {device} as the first tensor is", tensor.device)
+
+
+def expect_number(
+    op: str, argument: str, value: float | Tensor, expected: str = "a number", low: float = float("-inf")
+) -> Tensor:
+    """A 0-dim tensor of a number or a one-element tensor; a tensor is not looked at, wherever it lives."""
+    if isinstance(value, Tensor):
+        expect(value.numel() == 1, op, argument, "a number or a tensor with one element", list(value.shape))
+        return value.reshape(())
+    expect(value >= low, op, argument, expected, value)
+    return torch.tensor(value, dtype=torch.float64)

@@ -80,26 +80,19 @@ class Mask:
 
     def check(self, op: str, argument: str, parameter: Tensor) -> None:
         """Raise ValueError unless this mask fits `parameter`."""
-        shape = list(parameter.shape)
         if self.kind in (ELEMENTS, OWNER):
-            expect(
-                list(self.tensor.shape) == shape,
-                op,
-                argument,
-                f"of the parameter's shape {shape}",
-                list(self.tensor.shape),
-            )
+            if self.tensor.shape != parameter.shape:
+                wanted = f"of the parameter's shape {list(parameter.shape)}"
+                expect(False, op, argument, wanted, list(self.tensor.shape))
         else:
-            expect(self.kind < parameter.dim(), op, argument, f"over a dimension below {parameter.dim()}", self.kind)
+            if self.kind >= parameter.dim():
+                expect(False, op, argument, f"over a dimension below {parameter.dim()}", self.kind)
             rows = parameter.shape[self.kind]
-            expect(
-                self.tensor.shape[0] == rows,
-                op,
-                argument,
-                f"[{rows}], the length of dimension {self.kind}",
-                list(self.tensor.shape),
-            )
-        expect(self.tensor.device == parameter.device, op, argument, f"on {parameter.device}", self.tensor.device)
+            if self.tensor.shape[0] != rows:
+                wanted = f"[{rows}], the length of dimension {self.kind}"
+                expect(False, op, argument, wanted, list(self.tensor.shape))
+        if self.tensor.device != parameter.device:
+            expect(False, op, argument, f"on {parameter.device}", self.tensor.device)
 
     def expand(self, shape: Sequence[int]) -> Tensor:
         """The mask as bool, broadcastable to a parameter of `shape`."""
@@ -129,12 +122,15 @@ def flatten_masks(
     if masks is None:
         masks = [None] * len(tensors)
     expect(len(masks) == len(tensors), op, "masks", f"None or one for each of the {len(tensors)} tensors", len(masks))
-    flat = []
+    if not tensors:
+        return [], [], []
+    # one empty tensor stands for every mask that is not there
+    nothing = tensors[0].new_empty(0, dtype=torch.uint8)
+    flat, kinds, actives = [nothing] * len(tensors), [NONE] * len(tensors), [0] * len(tensors)
     for index, (tensor, mask) in enumerate(zip(tensors, masks, strict=True)):
-        if mask is None:
-            flat.append((tensor.new_empty(0, dtype=torch.uint8), NONE, 0))
-            continue
-        expect(isinstance(mask, Mask), op, f"masks[{index}]", "a Mask or None", type(mask).__name__, TypeError)
-        mask.check(op, f"masks[{index}]", tensor)
-        flat.append((mask.tensor.contiguous(), mask.kind, mask.active))
-    return [item[0] for item in flat], [item[1] for item in flat], [item[2] for item in flat]
+        if mask is not None:
+            if not isinstance(mask, Mask):
+                expect(False, op, f"masks[{index}]", "a Mask or None", type(mask).__name__, TypeError)
+            mask.check(op, f"masks[{index}]", tensor)
+            flat[index], kinds[index], actives[index] = mask.tensor.contiguous(), mask.kind, mask.active
+    return flat, kinds, actives

@@ -116,12 +116,14 @@ class MaskedAdamW(torch.optim.Optimizer):
             return loss
         scale = self._scale()
         for group in self.param_groups:
+            params = [param for param in group["params"] if param.grad is not None]
+            if not params:
+                continue
+            counts = [self._moments(param)["step"] for param in params]
+            torch._foreach_add_(counts, 1.0)
             by_step: dict[float, list[Tensor]] = {}
-            for param in group["params"]:
-                if param.grad is not None:
-                    state = self._moments(param)
-                    state["step"] += 1.0
-                    by_step.setdefault(float(state["step"]), []).append(param)
+            for param, count in zip(params, counts, strict=True):
+                by_step.setdefault(float(count), []).append(param)
             # parameters that joined at different times stand at different steps
             for count, params in by_step.items():
                 states = [self.state[param] for param in params]

@@ -32,20 +32,25 @@ __all__ = [
     "Tile",
     "Tiles",
     "bucket",
+    "by_dtypes",
     "ceil_div",
     "chunk_mask",
     "chunk_of",
     "chunk_table",
     "compute_capability",
+    "device_tables",
     "dot",
     "dot_precision",
     "dtype_reason",
+    "dtypes_reason",
     "dual_product",
     "gate_tile",
+    "is_wide",
     "keep_tile",
     "lane_softmax",
     "lane_softmax_step",
     "launch",
+    "lives_there",
     "num_processors",
     "pick_tile",
     "power_of_two",
@@ -54,6 +59,7 @@ __all__ = [
     "rank_tables",
     "rows_and_ranks",
     "start",
+    "table_rows",
     "tuning",
 ]
 
@@ -321,6 +327,15 @@ def dtype_reason(*tensors: Tensor | None) -> str | None:
     return None
 
 
+def dtypes_reason(*lists: Sequence[Tensor]) -> str | None:
+    """Why a kernel that takes every tensor in a dtype of its own cannot take one of these."""
+    for tensors in lists:
+        for tensor in tensors:
+            if tensor.dtype not in DTYPES:
+                return f"triton runs float32, bfloat16 and float16, got {tensor.dtype}"
+    return None
+
+
 def raise_for_ids(op: str, gates: Tensor | None, experts: int) -> None:
     """With MLLMCL_DEBUG=1 wait for the device and raise for an id outside -1..E-1; else it selects no expert."""
     if gates is None or gates.is_floating_point() or not debug_checks() or gates.numel() == 0:
@@ -472,7 +487,7 @@ class ChunkTable:
         return {"WIDTH": self.rows.shape[1], "WIDE": self.wide, "CHUNK": CHUNK}
 
 
-def _host_tables(rows: tuple[tuple[int, ...], ...]) -> tuple[Tensor, Tensor]:
+def _chunks(rows: tuple[tuple[int, ...], ...]) -> tuple[Tensor, Tensor]:
     counts = torch.tensor([row[-1] for row in rows])
     chunks_of = (counts + CHUNK - 1) // CHUNK
     tensor = torch.repeat_interleave(torch.arange(len(rows)), chunks_of)
@@ -482,23 +497,24 @@ def _host_tables(rows: tuple[tuple[int, ...], ...]) -> tuple[Tensor, Tensor]:
 
 # addresses repeat from step to step, so that the copy to the device happens once
 @functools.lru_cache(maxsize=64)
-def _cached_table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> ChunkTable:
+def _cached_tables(make: Callable[..., Sequence[Tensor]], key: tuple, device: torch.device) -> tuple[Tensor, ...]:
     with torch.inference_mode(False):
-        tables = [table.to(device) for table in _host_tables(rows)]
-    return ChunkTable(*tables, max(row[-1] for row in rows) >= 2**31)
+        return tuple(table.to(device) for table in make(*key))
 
 
-def _captured_table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> ChunkTable:
-    host = [table.pin_memory() for table in _host_tables(rows)]
+def device_tables(make: Callable[..., Sequence[Tensor]], key: tuple, device: torch.device) -> tuple[Tensor, ...]:
+    """The tables that `make(*key)` gives, on the device: kept while the key repeats, safe in a captured CUDA graph."""
+    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+        return _cached_tables(make, key, device)
+    host = [table.pin_memory() for table in make(*key)]
     _kept_for_replays.extend(host)
-    tables = [table.to(device, non_blocking=True) for table in host]
-    return ChunkTable(*tables, max(row[-1] for row in rows) >= 2**31)
+    return tuple(table.to(device, non_blocking=True) for table in host)
 
 
-def chunk_table(
+def table_rows(
     lists: Sequence[Sequence[Tensor]], masks: Sequence[Tensor], kinds: Sequence[int], actives: Sequence[int]
-) -> ChunkTable:
-    """The table of contiguous tensors, `lists[l][i]` all of tensor i's shape, masks as `flatten_masks` gives them."""
+) -> tuple[tuple[int, ...], ...]:
+    """Rows of a `ChunkTable` for contiguous tensors, `lists[l][i]` all of tensor i's shape."""
     rows = []
     for index, (mask, kind, active) in enumerate(zip(masks, kinds, actives, strict=True)):
         shape = lists[0][index].shape
@@ -507,9 +523,46 @@ def chunk_table(
         row = (*addresses, mask.data_ptr(), kind, active, inner, slices, lists[0][index].numel())
         assert len(row) == len(lists) + _MASK_COLUMNS
         rows.append(row)
-    device = lists[0][0].device
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    return (_captured_table if capturing else _cached_table)(tuple(rows), device)
+    return tuple(rows)
+
+
+def chunk_table(
+    lists: Sequence[Sequence[Tensor]], masks: Sequence[Tensor], kinds: Sequence[int], actives: Sequence[int]
+) -> ChunkTable:
+    """The table of contiguous tensors, masks as `flatten_masks` gives them."""
+    rows = table_rows(lists, masks, kinds, actives)
+    return ChunkTable(*device_tables(_chunks, (rows,), lists[0][0].device), is_wide(rows))
+
+
+def is_wide(rows: tuple[tuple[int, ...], ...]) -> bool:
+    """Whether some tensor has too many entries for int32."""
+    return max(row[-1] for row in rows) >= 2**31
+
+
+def by_dtypes(
+    lists: Sequence[Sequence[Tensor]], written: Sequence[int], *columns: Sequence
+) -> Iterator[tuple[list[list[Tensor]], list[list]]]:
+    """For each combination of dtypes the contiguous tensors of every list, and the columns' values beside them.
+
+    Tensors without entries are left out. When the caller comes back for the next ones, strided tensors of the lists at
+    the places `written` receive what was written into their copies.
+    """
+    groups: dict[tuple[torch.dtype, ...], list[int]] = {}
+    for index, tensors in enumerate(zip(*lists, strict=True)):
+        if tensors[0].numel():
+            groups.setdefault(tuple(tensor.dtype for tensor in tensors), []).append(index)
+    for indices in groups.values():
+        flat = [[tensors[index].contiguous() for index in indices] for tensors in lists]
+        yield flat, [[column[index] for index in indices] for column in columns]
+        for place in written:
+            for index, copy in zip(indices, flat[place], strict=True):
+                if copy is not lists[place][index]:
+                    lists[place][index].copy_(copy)
+
+
+def lives_there(value: Tensor, device: torch.device) -> bool:
+    """Whether a kernel has to read this number, since the host would have to wait for it."""
+    return value.device == device and device.type != "cpu"
 
 
 @triton.jit

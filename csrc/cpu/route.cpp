@@ -22,31 +22,55 @@ struct Row {
   bool renormalize, straight;
 };
 
-// softmax or sigmoid over the allowed experts; true if the row has numbers
-bool scores(const float* noisy, const uint8_t* allowed, const Row& rule, float* probs) {
+// e^x of numbers or -inf, to about 2 units in the last place (Cody and Waite's reduction, a polynomial of degree 7)
+inline float exponential(float x) {
+  const float in = std::min(std::max(x, -87.0f), 88.0f);
+  const float n = (in * 1.44269504f + 12582912.0f) - 12582912.0f;  // to the nearest integer
+  const float r = (in - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
+  float power;
+  std::memcpy(&power, &bits, 4);
+  return x < -87.0f ? 0.0f : (p * r * r + r + 1.0f) * power;
+}
+
+MLLMCL_CLONES void softmax_weights(const float* x, float top, float* out, int64_t count) {
+  for (int64_t e = 0; e < count; ++e) out[e] = exponential(x[e] - top);
+}
+
+MLLMCL_CLONES void sigmoids(const float* x, float* out, int64_t count) {
+  for (int64_t e = 0; e < count; ++e) out[e] = 1.0f / (1.0f + exponential(-x[e]));
+}
+
+// softmax or sigmoid over the allowed experts; true if the row has numbers. Logits that are not allowed become 0.
+bool scores(float* noisy, const uint8_t* allowed, const Row& rule, float* probs) {
   bool sound = true;
   float top = -std::numeric_limits<float>::infinity();
   for (int64_t e = 0; e < rule.experts; ++e) {
     if (allowed != nullptr && !allowed[e]) continue;
-    sound = sound && !std::isnan(noisy[e]);
+    sound = sound && !std::isnan(noisy[e]) && (rule.score == kSoftmax || std::isfinite(noisy[e]));
     top = std::max(top, noisy[e]);
   }
-  if (rule.score == kSigmoid) {
-    for (int64_t e = 0; e < rule.experts; ++e)
-      if (allowed == nullptr || allowed[e]) sound = sound && std::isfinite(noisy[e]);
+  sound = sound && (rule.score == kSigmoid || std::isfinite(top));
+  if (!sound) {
+    std::fill(probs, probs + rule.experts, std::numeric_limits<float>::quiet_NaN());
   } else {
-    sound = sound && std::isfinite(top);
+    for (int64_t e = 0; allowed != nullptr && e < rule.experts; ++e)
+      if (!allowed[e]) noisy[e] = 0.0f;
+    if (rule.score == kSigmoid) sigmoids(noisy, probs, rule.experts);
+    else softmax_weights(noisy, top, probs, rule.experts);
   }
-  float total = 0.0f;
-  for (int64_t e = 0; e < rule.experts; ++e) {
-    if (allowed != nullptr && !allowed[e]) { probs[e] = 0.0f; continue; }
-    if (!sound) { probs[e] = std::numeric_limits<float>::quiet_NaN(); continue; }
-    probs[e] = rule.score == kSigmoid ? 1.0f / (1.0f + std::exp(-noisy[e])) : std::exp(noisy[e] - top);
-    total += probs[e];
-  }
+  for (int64_t e = 0; allowed != nullptr && e < rule.experts; ++e)
+    if (!allowed[e]) probs[e] = 0.0f;
   if (sound && rule.score == kSoftmax) {
-    for (int64_t e = 0; e < rule.experts; ++e)
-      if (allowed == nullptr || allowed[e]) probs[e] /= total;
+    float total = 0.0f;
+    for (int64_t e = 0; e < rule.experts; ++e) total += probs[e];
+    for (int64_t e = 0; e < rule.experts; ++e) probs[e] /= total;
   }
   return sound;
 }

@@ -21,7 +21,8 @@ BATCHES_A_CALL = 4
 class Answerer(Protocol):
     """What evaluation needs of a model.
 
-    `router` takes samples and returns expert ids int64 `[B]`, or is None. `generate` returns one text a sample.
+    `router` takes samples and returns expert ids int64 `[B]` or float gates `[B, ...]`, or is None; where the model has
+    a true `routes_batches` it is left to `generate` to ask it. `generate` returns one text a sample.
     """
 
     router: Callable[[Sequence], object] | None
@@ -37,6 +38,7 @@ def evaluate(
     scorer: str | Mapping[str, str] = "exact_match",
     batch_size: int = 32,
     max_new_tokens: int = 16,
+    answered: Mapping[tuple[str, int], str] | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> list[Prediction]:
     """Answer every sample greedily and score it, in the order given.
@@ -49,6 +51,7 @@ def evaluate(
         experts: "route" (the router's choice for each sample; without a router what the model does by itself), integer
             ids `[B]` (-1: base alone), floats `[E]` or `[B, E]`, or None (the model's default), as in `generate`.
         scorer: the name of a scorer, or task -> name.
+        answered: (item id, expert id) -> the answer that is known already; such items are not answered again.
         progress: called with the number of samples just done.
 
     Returns:
@@ -63,8 +66,13 @@ def evaluate(
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     score = _scores_by_task(scorer, samples)
     gates, ids = _choose(mllm, samples, experts)
-    order = sorted(range(len(samples)), key=lambda place: (len(samples[place].question), place))
-    answers = [""] * len(samples)
+    answers: list[str | None] = [None] * len(samples)
+    if answered and ids is not None:
+        answers = [answered.get((sample.id, int(expert))) for sample, expert in zip(samples, ids, strict=True)]
+    order = [place for place, answer in enumerate(answers) if answer is None]
+    order.sort(key=lambda place: (len(samples[place].question), place))
+    if progress is not None and len(order) < len(samples):
+        progress(len(samples) - len(order))
     for start in range(0, len(order), batch_size * BATCHES_A_CALL):
         places = order[start : start + batch_size * BATCHES_A_CALL]
         _answer(mllm, samples, gates, places, answers, max_new_tokens=max_new_tokens, batch_size=batch_size)
@@ -96,7 +104,8 @@ def _scores_by_task(scorer: str | Mapping[str, str], samples: Sequence) -> dict[
 
 def _choose(mllm: Answerer, samples: list, experts) -> tuple[object, np.ndarray | None]:
     """What to hand to `generate` for all samples, and the ids to record."""
-    if isinstance(experts, str) and experts == "route" and mllm.router is not None and samples:
+    routes_alone = mllm.router is not None and not getattr(mllm, "routes_batches", False)
+    if isinstance(experts, str) and experts == "route" and routes_alone and samples:
         experts = mllm.router(samples)
     if experts is None or isinstance(experts, str):
         return experts, None
@@ -121,7 +130,7 @@ def _select(gates, places: list[int]):
     return array.tolist() if shared else array[places].tolist()
 
 
-def _answer(mllm: Answerer, samples: list, gates, places: list[int], answers: list[str], **options: int) -> None:
+def _answer(mllm: Answerer, samples: list, gates, places: list[int], answers: list, **options: int) -> None:
     """Fill in the answers of the samples at `places`."""
     texts = mllm.generate([samples[place] for place in places], experts=_select(gates, places), **options)
     if len(texts) != len(places):

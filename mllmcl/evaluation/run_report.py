@@ -76,7 +76,7 @@ class Report:
         lines = _table(rows)
         if not self.matrix.is_complete:
             lines.append(f"{part.num_learned} of {len(self.matrix.tasks)} tasks learned; numbers are over these")
-        facts = self._facts()
+        facts = [(label, text) for label, text in self._facts() if text != "-"]
         label_width, width = (max(len(row[column]) for row in facts) for column in (0, 1))
         return "\n".join([*lines, "", *(f"{label:<{label_width}}  {text:>{width}}" for label, text in facts)])
 
@@ -95,7 +95,10 @@ class Report:
         rows = [("after the last task", *(report.matrix.method or "-" for report in reports))]
         rows += [(name, *(_percent(report._last(name)) for report in reports)) for name in tasks]
         facts = [report._facts() for report in reports]
-        rows += [(lines[0][0], *(text for _, text in lines)) for lines in zip(*facts, strict=True)]
+        for lines in zip(*facts, strict=True):
+            texts = [text for _, text in lines]
+            if set(texts) != {"-"}:
+                rows.append((lines[0][0], *texts))
         lines = _table(rows)
         # a rule between the tasks and the numbers over them
         return "\n".join([*lines[: 2 + len(tasks)], lines[1], *lines[2 + len(tasks) :]])
@@ -115,9 +118,15 @@ class Report:
             ("BWT, divisor T-1", _percent(bwt.get("T-1"))),
             ("BWT, divisor T", _percent(bwt.get("T"))),
             ("router accuracy", _percent(router.get("accuracy"))),
+            ("perplexity of plain text", _language(metrics.get("language_perplexity"))),
             ("seconds per step", "-" if seconds is None else f"{seconds:.3f}"),
             ("share of the step in expert mixing", _percent(metrics.get("share_expert_mixing"))),
         ]
+
+
+def _language(values: list[float] | None) -> str:
+    """Before the first task and after the last."""
+    return f"{values[0]:.1f} to {values[-1]:.1f}" if values else "-"
 
 
 def _percent(share: float | None) -> str:

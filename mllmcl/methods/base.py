@@ -35,9 +35,13 @@ class Method:
     """Base of all methods: hooks that do nothing.
 
     The training loop calls, for each task: `on_task_start`, then for each of `phases(...)`: `on_phase_start` and its
-    steps (`before_forward`, `loss`, `before_step`, `after_step`), then `on_task_end`; evaluation uses the `mllm.router`
-    that the method has set. `on_task_start` and `on_task_end` may run twice for one task, after a resume; what
-    `state_tensors` and `state_values` give is saved with every checkpoint and handed to `load_state`.
+    steps (`before_forward`, `answer_loss`, `loss`, `before_step`, `after_step`), then `on_task_end`; evaluation uses
+    the `mllm.router` that the method has set. `on_task_start` and `on_task_end` may run twice for one task, after a
+    resume; what `state_tensors` and `state_values` give is saved with every checkpoint and handed to `load_state`, also
+    after an `on_task_start` that ran again.
+
+    `answer_loss` and `loss` run under the run's autocast and inside `before_forward`. A method that runs the model
+    elsewhere (`before_step`, `on_task_end`) wraps that in `self.autocast()` to have the same precision.
     """
 
     name: ClassVar[str] = ""
@@ -46,11 +50,18 @@ class Method:
     stores: ClassVar[str] = ""
     at_test: ClassVar[str] = ""
     deviations: ClassVar[str] = "none"
+    #: whether an expert, once its task has ended, never changes: an item routed to it keeps its answer
+    isolated: ClassVar[bool] = False
     #: used where the run's configuration names none
     learning_rate: ClassVar[float] = 1e-3
 
     mllm: Any = field(default=None, init=False, repr=False)
     stream: Any = field(default=None, init=False, repr=False)
+    #: gives the context of the run's precision; the training loop sets it
+    autocast: Any = field(default=contextlib.nullcontext, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Check the options; make what is no option."""
 
     def setup(self, mllm: MLLM, stream: Stream) -> None:
         """Put into the model what the method needs, once, before any state is loaded."""
@@ -78,8 +89,16 @@ class Method:
         """The context a step runs in, forward and backward: which experts act."""
         return contextlib.nullcontext()
 
+    def answer_loss(self, batch) -> Tensor:
+        """The loss on a batch's answers: mean cross entropy.
+
+        A method with another loss on the same forward pass overrides this one and starts from
+        `mllm.answer_hidden(batch)` `[n, D]` or `mllm.answer_logits(batch)` `[n, V]`.
+        """
+        return self.mllm.loss(batch)
+
     def loss(self, batch, loss: Tensor) -> Tensor:
-        """The loss of a step from the answer loss."""
+        """The loss of a step from the answer loss: what a method adds to it."""
         return loss
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -137,7 +156,7 @@ class LoraMethod(Method):
         mllm.add_experts(
             self._num_experts(),
             self.rank,
-            self.alpha,
+            self._alpha(),
             targets=self.targets,
             dropout=self.dropout,
             router=self.router_score,
@@ -149,6 +168,10 @@ class LoraMethod(Method):
 
     def _projector_experts(self) -> bool:
         return False
+
+    def _alpha(self) -> float:
+        """An expert's scaling times its rank."""
+        return self.alpha
 
     def on_task_start(self, task: Task) -> None:
         mllm = self.mllm

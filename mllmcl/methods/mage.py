@@ -8,6 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from mllmcl_kernels import ema_update_, importance_update_
+
 from .base import LoraMethod
 
 #: what trains for each kind of task: general text, general image, expert text, expert image
@@ -82,33 +84,18 @@ class Mage(LoraMethod):
     def before_step(self, optimizer) -> None:
         trained = self._trained()
         grads = [value.grad for value in trained.values()]
-        torch._foreach_lerp_(_of(self.fisher, trained), torch._foreach_mul(grads, grads), 1.0 - self.fisher_decay)
+        # a constant count c is a running mean with weight 1 / c
+        importance_update_(_of(self.fisher, trained), grads, count=1.0 / (1.0 - self.fisher_decay))
 
     @torch.no_grad()
     def after_step(self, optimizer) -> None:
         trained = self._trained()
-        averages = _of(self.averages, trained)
-        moved = torch._foreach_sub(list(trained.values()), averages)
+        averages, values = _of(self.averages, trained), list(trained.values())
         if self.legacy:
-            torch._foreach_add_(averages, moved, alpha=0.01)
-            return
-        torch._foreach_mul_(moved, self._weights(moved, _of(self.fisher, trained)))
-        torch._foreach_add_(averages, moved)
-
-    def _weights(self, moved: list[Tensor], fisher: list[Tensor]) -> list[Tensor]:
-        """w of the class docstring, for every tensor at once."""
-        sizes = [float(value.numel()) for value in moved]
-        damp = torch._foreach_mul(torch._foreach_abs(moved), fisher)
-        # the mean of |d| times the mean of F, as tensors without dimensions
-        means = torch._foreach_mul(torch._foreach_norm(moved, 1), torch._foreach_norm(fisher, 1))
-        torch._foreach_div_(means, [size * size for size in sizes])
-        torch._foreach_mul_(means, self.base_weight)
-        torch._foreach_add_(damp, 1e-38)
-        torch._foreach_reciprocal_(damp)
-        torch._foreach_mul_(damp, means)
-        torch._foreach_clamp_max_(damp, 1.0)
-        torch._foreach_clamp_min_(damp, self.base_weight / 10.0)
-        return damp
+            ema_update_(averages, values, decay=0.99)
+        else:
+            squares = _of(self.fisher, trained)
+            ema_update_(averages, values, mode="pema", squared_grads=squares, base_weight=self.base_weight)
 
     @torch.no_grad()
     def on_task_end(self, task) -> None:

@@ -37,8 +37,6 @@ class MoeLora(LoraMethod):
     def _num_experts(self) -> int:
         return self.experts
 
-    def setup(self, mllm, stream) -> None:
-        total, self.alpha = self.alpha, self.alpha / self.experts
+    def _alpha(self) -> float:
         # CoIN divides alpha by the stacked rank, so that one expert scales by (alpha / E) / rank
-        super().setup(mllm, stream)
-        self.alpha = total
+        return self.alpha / self.experts

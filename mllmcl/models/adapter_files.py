@@ -165,9 +165,10 @@ def _readme(config: dict, scaling: float, num_layers: int, description: str, pro
         )
     if router:
         parts.append(
-            "`router.safetensors` holds the learned in-layer routers, `<module path>.router_weight` of shape "
-            "[experts, in]. PEFT cannot express gates that differ from token to token: opened by PEFT, this adapter "
-            "acts on every token with weight 1. The routed mixture needs mllmcl, all experts and this file."
+            "`router.safetensors` holds the learned in-layer routers by the names of the model's parameters, such as "
+            "`<module path>.router_weight` of shape [experts, in]. PEFT cannot express gates that differ from token to "
+            "token: opened by PEFT, this adapter acts on every token with weight 1. The routed mixture needs mllmcl, "
+            "all experts and this file."
         )
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -286,7 +287,8 @@ def export_expert(mllm, expert_index: int, folder: str | os.PathLike) -> Path:
         folder,
         layers,
         scaling=scaling[expert_index],
-        description=f"Expert {expert_index} of {len(ranks)} (counted from 0) of a continual-learning run with mllmcl.",
+        description=f"Expert {expert_index} of {len(ranks)} (counted from 0) of a continual-learning run with mllmcl."
+        + _merged_note(mllm.experts.num_merged),
         projector=_projector(mllm, expert_index),
         router=_routers(mllm),
         **_belongs_to(mllm),
@@ -322,6 +324,15 @@ def export_mixture(mllm, gates: Tensor | Sequence[float], folder: str | os.PathL
     )
 
 
+def _merged_note(num_merged: int) -> str:
+    if not num_merged:
+        return ""
+    return (
+        f" It does not go on the published base: experts were merged into the weights of its linears {num_merged} "
+        "times before, and the run's checkpoints hold those weights."
+    )
+
+
 def _experts(mllm) -> tuple[tuple[int, ...], tuple[float, ...]]:
     if mllm.experts is None:
         raise ValueError("the model has no experts to export, call add_experts first")
@@ -353,7 +364,7 @@ def _projector(mllm, expert: int | None) -> dict[str, Tensor]:
 
 def _routers(mllm) -> dict[str, Tensor]:
     layers = mllm.expert_layers.items()
-    return {f"{path}.router_weight": layer.router_weight for path, layer in layers if layer.router_weight is not None}
+    return {f"{path}.{name}": value for path, layer in layers for name, value in layer.router_parameters.items()}
 
 
 def export_run(run: str | os.PathLike, output: str | os.PathLike) -> list[tuple[Path, int]]:

@@ -4,20 +4,20 @@ All layers of a model share one `ExpertState`. It says how many experts there ar
 itself is `mllmcl_kernels.lora_mix` and `lora_mix_routed`.
 """
 
-# B samples, S positions, K in, N out, E experts, R sum of ranks, M images, P rows of an image
+# B samples, S positions, K in, N out, E experts, R sum of ranks, M images, P rows of an image, G groups of layers
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mllmcl_kernels import lora_mix, lora_mix_routed
+from mllmcl_kernels import Routing, lora_mix, lora_mix_routed, route
 
 __all__ = ["ExpertLinear", "ExpertProjectorLinear", "ExpertState", "Selection", "select"]
 
@@ -30,16 +30,28 @@ class Selection:
 
     gates: None (learned router if there is one, else every expert weighs 1), float `[E]` or `[B, E]`, or int64 `[B]`.
     uniform: the expert of every sample where that is known on the host; -1 is the base model.
+    groups: gates and uniform of each group of layers, where those differ.
     token_mask: bool `[B, S]`, False where a position must not count in routing statistics.
+    prompt_mask: bool `[B, S]`, True at positions of the prompt; for the layers' gatings.
+    features: `[B, d]`, what `ExpertState.sample_features` knows of each sample; for the layers' gatings.
+    memory: what layers keep from the first pass of a generation to the next ones, by name; None outside of it.
     image_index: int64 `[M]`, the sample of each image; None means one image for each sample in order.
     image_rows: projector rows of each image where they come packed.
     """
 
     gates: Tensor | None = None
     uniform: int | None = None
+    groups: tuple[Selection, ...] | None = None
     token_mask: Tensor | None = None
+    prompt_mask: Tensor | None = None
+    features: Tensor | None = None
+    memory: dict[str, Tensor] | None = None
     image_index: Tensor | None = None
     image_rows: tuple[int, ...] | None = None
+
+    def of_group(self, group: int) -> Selection:
+        """What acts in the layers of a group."""
+        return self if self.groups is None else self.groups[group]
 
     def gates_for(self, x: Tensor) -> Tensor | None:
         """The gates with dimensions of size 1 put in, so that they broadcast over the positions of `x`."""
@@ -58,7 +70,12 @@ class ExpertState:
     router: score of the learned in-layer router, "softmax", "sigmoid" or "cosine"; None without one.
     router_top_k: experts kept for each token; None keeps all.
     router_options: further keyword arguments of `mllmcl_kernels.lora_mix_routed`.
+    router_share: where floats are given although there is a learned router, gates = share * learned + (1 - share) *
+        given; at 0 the router is not asked.
+    sample_features: `samples -> float [B, d]`, told to the layers' gatings with every batch; None tells them nothing.
     collect: keep the last `Routing` of each layer in `routings`, for auxiliary losses and load statistics.
+    num_merged: how often the experts were merged into the base weights.
+    groups: layer name to the group whose row of gates `[B, G, E]` it takes; layers not named are in group 0.
     """
 
     ranks: tuple[int, ...]
@@ -68,9 +85,17 @@ class ExpertState:
     router: str | None = None
     router_top_k: int | None = None
     router_options: dict = field(default_factory=dict)
+    router_share: float = 0.0
+    sample_features: Callable[[Sequence], Tensor] | None = None
     collect: bool = False
     routings: dict = field(default_factory=dict)
     selection: Selection = field(default_factory=Selection)
+    num_merged: int = 0
+    groups: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def num_groups(self) -> int:
+        return 1 + max(self.groups.values(), default=0)
 
     @property
     def num_experts(self) -> int:
@@ -88,6 +113,16 @@ class ExpertState:
     def loads(self) -> dict[str, Tensor]:
         """Layer name to the load `[E]` of the last pass, on the device; needs `collect`."""
         return {path: routing.load.detach() for path, routing in self.routings.items()}
+
+    @contextlib.contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Keep the routings of passes within the context, and let them go at its end."""
+        before, self.collect = self.collect, True
+        try:
+            yield
+        finally:
+            self.collect = before
+            self.routings.clear()
 
     @contextlib.contextmanager
     def using(self, selection: Selection) -> Iterator[None]:
@@ -117,7 +152,8 @@ def select(state: ExpertState, gates, device: torch.device) -> Selection:
     """Check `gates` and bring them to `device`.
 
     Args:
-        gates: None, "off", a float tensor `[E]` or `[B, E]`, or int64 ids `[B]` (a tensor or a list), -1 = base alone.
+        gates: None, "off", a float tensor `[E]`, `[B, E]` or `[B, G, E]` (a row for each group of layers), or int64 ids
+            `[B]` (a tensor or a list), -1 = base alone.
 
     Raises:
         TypeError, ValueError: another type or shape, or, for ids on the CPU, an id outside -1..E-1.
@@ -132,9 +168,13 @@ def select(state: ExpertState, gates, device: torch.device) -> Selection:
     if not isinstance(gates, Tensor):
         gates = torch.as_tensor(gates)
     if gates.is_floating_point():
-        if gates.dim() not in (1, 2) or gates.shape[-1] != experts:
-            raise ValueError(f"gates: expected floats [E] or [B, E] with E = {experts}, got {list(gates.shape)}")
-        return Selection(gates=gates.to(device))
+        wanted = gates.dim() in (1, 2) or (gates.dim() == 3 and gates.shape[1] == state.num_groups)
+        if not wanted or gates.shape[-1] != experts:
+            raise ValueError(
+                f"gates: expected floats [E], [B, E] or [B, G, E] with E = {experts} and G = {state.num_groups}, "
+                f"got {list(gates.shape)}"
+            )
+        return _select_groups(state, gates, device) if gates.dim() == 3 else Selection(gates=gates.to(device))
     if gates.dtype == torch.bool or gates.is_complex():
         raise TypeError(f"gates: expected floats or integer ids, got {gates.dtype}")
     if gates.dim() != 1:
@@ -147,6 +187,18 @@ def select(state: ExpertState, gates, device: torch.device) -> Selection:
             raise ValueError(f"gates: expected ids in -1..{experts - 1}, got {low if low < -1 else high}")
         uniform = low if low == high else None
     return Selection(gates=gates.to(device=device, dtype=torch.int64), uniform=uniform)
+
+
+def _select_groups(state: ExpertState, gates_BGE: Tensor, device: torch.device) -> Selection:
+    """A selection for each group; where the gates are on the host, a group with one expert alone is known as such."""
+    gates_GBE = gates_BGE.transpose(0, 1).contiguous()
+    uniform = [None] * len(gates_GBE)
+    if gates_GBE.device.type == "cpu" and gates_GBE.numel() and not state.router_share:
+        chosen_G = gates_GBE[:, 0].argmax(-1)
+        is_alone = (gates_GBE == F.one_hot(chosen_G, gates_GBE.shape[-1])[:, None]).flatten(1).all(1)
+        uniform = [at if alone else None for at, alone in zip(chosen_G.tolist(), is_alone.tolist(), strict=True)]
+    moved = gates_GBE.to(device).unbind(0)
+    return Selection(groups=tuple(Selection(gates=one, uniform=at) for one, at in zip(moved, uniform, strict=True)))
 
 
 def fresh_lora_a(num_rows: int, width: int, device: torch.device) -> Tensor:
@@ -167,6 +219,9 @@ class ExpertLinear(nn.Module):
 
     Holds `.weight` `[N, K]` and `.bias` of the base layer (the very parameters), `.lora_a` `[R, K]`, `.lora_b` `[N, R]`
     and `.router_weight` `[E, K]` or None. Input and output are `[B, S, K]` and `[B, S, N]`.
+
+    `.gating` is None or a module `(layer, x, selection) -> float gates that broadcast to [B, S, E]`, asked where no
+    gates are given. Its parameters are saved, and train, with the learned routers.
     """
 
     def __init__(self, base: nn.Linear, state: ExpertState, path: str):
@@ -181,6 +236,14 @@ class ExpertLinear(nn.Module):
         self.lora_b = nn.Parameter(torch.zeros(self.out_features, total, device=device))
         router = None if state.router is None else fresh_router(state.num_experts, self.in_features, device)
         self.router_weight = None if router is None else nn.Parameter(router)
+        self.gating: nn.Module | None = None
+
+    @property
+    def router_parameters(self) -> dict[str, nn.Parameter]:
+        """Name to parameter of what learns to choose in this layer: the learned router and the gating."""
+        found = {} if self.router_weight is None else {"router_weight": self.router_weight}
+        gating = () if self.gating is None else self.gating.named_parameters(prefix="gating")
+        return {**found, **dict(gating)}
 
     def grow(self, num_rows: int, num_experts: int) -> None:
         """Append `num_rows` rank rows of `num_experts` new experts; the old ones are copied bit for bit."""
@@ -193,8 +256,22 @@ class ExpertLinear(nn.Module):
             router = fresh_router(num_experts, self.in_features, device)
             self.router_weight = _regrown(self.router_weight, router, dim=0)
 
+    def product(self) -> Tensor:
+        """What the experts add to the base weight where each weighs 1, `[N, K]`: sum_e scaling_e B_e A_e."""
+        state, b_NR = self.state, self.lora_b
+        scaling_R = torch.tensor(state.scaling, dtype=b_NR.dtype).repeat_interleave(torch.tensor(state.ranks))
+        return (b_NR * scaling_R.to(b_NR.device)) @ self.lora_a
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add `product()` to the base weight, rounded once to its dtype; then A is drawn anew and B is 0."""
+        self.weight.add_(self.product())
+        self.lora_a.copy_(fresh_lora_a(*self.lora_a.shape, self.lora_a.device))
+        self.lora_b.zero_()
+
     def forward(self, x: Tensor) -> Tensor:
-        state, selection = self.state, self.state.selection
+        state = self.state
+        selection = state.selection.of_group(state.groups.get(self.path, 0))
         if selection.uniform == -1:
             return F.linear(x, self.weight, self.bias)
         dropout = state.dropout if self.training else 0.0
@@ -213,8 +290,12 @@ class ExpertLinear(nn.Module):
                 dropout=dropout,
             )
         gates = selection.gates_for(x)
-        if gates is None and self.router_weight is not None:
+        if gates is None and self.gating is not None:
+            gates = self.gating(self, x, selection)
+        elif gates is None and self.router_weight is not None:
             return self._routed(x, selection, dropout)
+        elif gates is not None and gates.is_floating_point() and state.router_share:
+            gates = torch.lerp(gates, self._route(x).gates.to(gates.dtype), state.router_share)
         return lora_mix(
             x,
             self.weight,
@@ -227,6 +308,10 @@ class ExpertLinear(nn.Module):
             trainable=state.trainable,
             dropout=dropout,
         )
+
+    def _route(self, x: Tensor) -> Routing:
+        state = self.state
+        return route(x, self.router_weight, top_k=state.router_top_k, score=state.router, **state.router_options)
 
     def _routed(self, x: Tensor, selection: Selection, dropout: float) -> Tensor:
         state = self.state
@@ -280,7 +365,8 @@ class ExpertProjectorLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         selection = self.state.selection
         expert = selection.uniform
-        if expert is None and selection.gates is None and self.state.num_experts == 1:
+        is_open = selection.gates is None and selection.groups is None
+        if expert is None and is_open and self.state.num_experts == 1:
             expert = 0
         if expert is not None:
             weight, bias = self._one(expert)
@@ -288,7 +374,7 @@ class ExpertProjectorLinear(nn.Module):
         if selection.gates is None or selection.gates.is_floating_point():
             raise ValueError(
                 f"{self.path}: projector copies are chosen whole, so gates have to be expert ids [B], got "
-                f"{'None' if selection.gates is None else 'floats'}; wrap the call in use_experts(ids)"
+                f"{'None' if is_open else 'floats'}; wrap the call in use_experts(ids)"
             )
         ids_M = selection.gates if selection.image_index is None else selection.gates[selection.image_index]
         if x.dim() == 3 and x.shape[0] == ids_M.shape[0]:
@@ -336,11 +422,13 @@ def _regrown(old: nn.Parameter, new: Tensor, dim: int) -> nn.Parameter:
     return nn.Parameter(torch.cat((old.detach(), new), dim=dim), requires_grad=old.requires_grad)
 
 
-def with_batch(selection: Selection, token_mask: Tensor | None, image_index: Sequence[int], image_rows) -> Selection:
-    """`selection` for one batch: where its pads and images are."""
+def with_batch(
+    selection: Selection, token_mask: Tensor | None, image_index: Sequence[int], image_rows, **facts
+) -> Selection:
+    """`selection` for one batch: where its pads and images are; `facts` are further fields of it."""
     if selection.uniform is not None:
         return selection
     index = None
     if selection.gates is not None and not selection.gates.is_floating_point():
         index = torch.as_tensor(image_index, dtype=torch.int64).to(selection.gates.device, non_blocking=True)
-    return replace(selection, token_mask=token_mask, image_index=index, image_rows=tuple(image_rows))
+    return replace(selection, token_mask=token_mask, image_index=index, image_rows=tuple(image_rows), **facts)

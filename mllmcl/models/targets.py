@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-__all__ = ["LINEAR_KINDS", "linear_names", "match_targets"]
+__all__ = ["LINEAR_KINDS", "decoder_layer", "linear_names", "match_targets"]
 
 #: the linears of a decoder layer, by the last part of their name
 LINEAR_KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -21,6 +21,18 @@ def linear_names(model: nn.Module, prefix: str) -> list[str]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and (name == prefix or name.startswith(below))
     ]
+
+
+def decoder_layer(name: str, prefix: str) -> int:
+    """Number of the decoder layer that the linear `name` of the language tower at `prefix` belongs to.
+
+    Raises:
+        ValueError: there is no number in the name.
+    """
+    number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name.removeprefix(prefix))
+    if number is None:
+        raise ValueError(f"{name} belongs to no numbered decoder layer")
+    return int(number.group(1))
 
 
 def _matches(pattern: str, name: str) -> bool:

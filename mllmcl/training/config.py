@@ -36,6 +36,8 @@ class TrainConfig:
         max_new_tokens: at most so many tokens for an answer.
         zero_shot: evaluate every task before the first one is learned.
         evaluate_seen_only: leave out tasks that were not learned yet.
+        language_text: a file of plain text, or "python-topics" (the language reference that travels with Python): its
+            perplexity before the first task and after each tells what language is lost. None does not measure it.
         save_steps: a checkpoint every so many optimizer steps, beside those at every boundary.
         logging_steps: a line in events.jsonl every so many steps.
         resume: "auto" continues what the folder holds, "never" refuses a folder that holds a run.
@@ -64,6 +66,7 @@ class TrainConfig:
     max_new_tokens: int = 8
     zero_shot: bool = True
     evaluate_seen_only: bool = False
+    language_text: str | None = None
     save_steps: int = 20
     logging_steps: int = 5
     resume: Literal["auto", "never"] = "auto"

@@ -8,6 +8,7 @@ decides the numbers, so that a killed run continues to the same result.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Sequence
@@ -98,6 +99,7 @@ def train(mllm: MLLM, method: Method, stream: Stream, config: TrainConfig) -> Re
         if run.position.stage == "zero_shot":
             if config.zero_shot:
                 _evaluate(run, after=None)
+            records.note_language(run, after=None)
             _advance(run, stage="task_start")
         while run.position.task < len(stream.tasks):
             _learn(run)
@@ -110,6 +112,7 @@ def _begin(mllm: MLLM, method: Method, stream: Stream, config: TrainConfig, fold
     description = records.describe(mllm, method, stream, config)
     # experts have to be drawn alike in a run and its continuation, so the digest comes before the method's set-up
     run = Run(mllm, method, stream, config, folder, config.sha256(description))
+    method.autocast = functools.partial(_autocast, run)
     found = latest_checkpoint(folder / "checkpoints", config_sha256=run.digest)
     if found is not None and config.resume == "never":
         raise RuntimeError(f"{folder} holds a run already (checkpoint {found.path.name}); resume=auto continues it")
@@ -223,6 +226,7 @@ def _learn(run: Run) -> None:
         run.event("task_end", task=task.name, index=position.task)
         _advance(run, stage="evaluate", pin=True)
     _evaluate(run, after=position.task)
+    records.note_language(run, after=position.task)
     _advance(run, task=position.task + 1, stage="task_start", phase=0, step=0)
 
 
@@ -332,7 +336,7 @@ def _step(run: Run, phase: Phase, order: Sequence, watch: Watch | None) -> torch
         samples = [phase.samples[place] for place in places]
         batch = mllm.collate(samples, with_answers=True)
         with method.before_forward(samples), _autocast(run):
-            loss = method.loss(batch, mllm.loss(batch)) * (len(samples) / count)
+            loss = method.loss(batch, method.answer_loss(batch)) * (len(samples) / count)
             if on_host:
                 check_finite(loss.detach(), "the loss", run.position.total, run.task.name, batch.sample_ids)
             loss.backward()

@@ -47,6 +47,9 @@ __all__ = ["describe", "empty_results", "finish", "note_evaluation", "note_mixin
 
 PACKAGES = ("torch", "transformers", "safetensors", "numpy", "triton", "peft")
 
+#: about 3000 tokens of English about a programming language, some of what `pydoc_data` holds
+LANGUAGE_TOPICS = ("objects", "naming", "exceptions")
+
 
 def now() -> str:
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
@@ -66,7 +69,15 @@ def versions() -> dict[str, str]:
 
 def empty_results() -> dict:
     """Numbers that grow during a run and travel with its checkpoints."""
-    return {"rows": [], "step_seconds": [], "losses": [], "last_loss": "", "mixing_share": [], "evaluation_seconds": []}
+    return {
+        "rows": [],
+        "step_seconds": [],
+        "losses": [],
+        "last_loss": "",
+        "mixing_share": [],
+        "evaluation_seconds": [],
+        "language": [],
+    }
 
 
 def _options(method: Method) -> dict:
@@ -187,9 +198,19 @@ def predict(run: Run, tasks: Sequence[Task], progress: Progress) -> list[Predict
         scorer={task.name: task.scorer for task in tasks},
         batch_size=run.config.eval_batch_size,
         max_new_tokens=run.config.max_new_tokens,
+        answered=_answered(run) if run.method.isolated else None,
         progress=progress.advance,
     )
     return [item if item.expert is None else replace(item, expert=run.method.task_of(item.expert)) for item in found]
+
+
+def _answered(run: Run) -> dict[tuple[str, int], str]:
+    """What experts that have not changed since answered at the last evaluation: (item id, expert) -> answer."""
+    current = run.position.task
+    last = read_predictions(run.folder).get(current - 1 if current else None, [])
+    count = 0 if run.mllm.experts is None else run.mllm.experts.num_experts
+    experts = {**{run.method.task_of(expert): expert for expert in range(count)}, -1: -1}
+    return {(item.id, experts[item.expert]): item.prediction for item in last if item.expert not in (None, current)}
 
 
 def note_evaluation(run: Run, after: int | None, found: list[Prediction], seconds: float) -> None:
@@ -204,6 +225,33 @@ def note_evaluation(run: Run, after: int | None, found: list[Prediction], second
     run.results["evaluation_seconds"].append(round(seconds, 2))
     run.event("evaluation", after=name, scores=scores, seconds=round(seconds, 2))
     _matrix(run).save(run.folder / "matrix.json")
+
+
+def language_text(name: str) -> str:
+    """The text that `TrainConfig.language_text` names.
+
+    Raises:
+        ValueError: it is neither "python-topics" nor a file.
+    """
+    if name == "python-topics":
+        from pydoc_data.topics import topics
+
+        return "\n\n".join(topics[key] for key in LANGUAGE_TOPICS)
+    path = Path(name)
+    if not path.is_file():
+        raise ValueError(f'language_text must be "python-topics" or a file, got {name!r}')
+    return path.read_text(encoding="utf-8")
+
+
+def note_language(run: Run, after: int | None) -> None:
+    """Perplexity of plain text; where a router chooses by samples, the base model reads it."""
+    if run.config.language_text is None:
+        return
+    mllm = run.mllm
+    with mllm.use_experts(None if mllm.router is None else "off"):
+        value = round(mllm.perplexity(language_text(run.config.language_text)), 4)
+    run.results["language"].append([after, value])
+    run.event("language", after=None if after is None else run.stream.tasks[after].name, perplexity=value)
 
 
 def _matrix(run: Run) -> AccuracyMatrix:
@@ -221,9 +269,9 @@ def _matrix(run: Run) -> AccuracyMatrix:
 
 
 def write_adapters(run: Run, task: Task) -> None:
-    """adapters/<task>/: the expert that learned the task, as PEFT reads it."""
+    """adapters/<task>/: the expert that learned the task, as PEFT reads it; nothing for a method without LoRA."""
     mllm = run.mllm
-    if mllm.experts is None:
+    if not mllm.expert_layers:
         return
     trained = [place for place, flag in enumerate(mllm.experts.trainable) if flag]
     for expert in trained:
@@ -257,6 +305,7 @@ def finish(run: Run) -> Report:
     shares = results["mixing_share"]
     metrics = {
         **compute_metrics(_matrix(run), read_predictions(run.folder), seed=config.seed),
+        "language_perplexity": [value for _, value in results["language"]] or None,
         "seconds_per_step": round(statistics.median(steady), 4) if steady else None,
         "share_expert_mixing": round(statistics.median(shares), 4) if shares else None,
         "train_seconds": round(sum(results["step_seconds"]), 1),

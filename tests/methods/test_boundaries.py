@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from mllmcl.methods.routers import cluster
 
 from ..models.tiny import make_composed
 from ..training.made_up_run import make_stream
+from .stepping import EVERY, our_step, trainable
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +23,7 @@ def stream():
 
 
 def learned(name: str, stream, tasks: int = 3, **options):
-    """A method that has ended some tasks, with experts that differ."""
+    """A method that has ended some tasks; everything that trained in them was moved."""
     torch.manual_seed(0)
     mllm = make_composed()
     method = methods.create(name, **options)
@@ -28,39 +31,55 @@ def learned(name: str, stream, tasks: int = 3, **options):
     generator = torch.Generator().manual_seed(3)
     for task in stream.tasks[:tasks]:
         method.on_task_start(task)
-        with torch.no_grad():
-            for layer in mllm.expert_layers.values():
-                layer.lora_b.add_(torch.randn(layer.lora_b.shape, generator=generator) * 0.2)
-            for layer in mllm.projector_layers.values():
-                noise = torch.randn(layer.expert_weight.shape, generator=generator)
-                layer.expert_weight.add_(noise * 0.1)
+        for phase in method.phases(task):
+            method.on_phase_start(task, phase)
+            with torch.no_grad():
+                for value in trainable(mllm).values():
+                    value.add_(torch.randn(value.shape, generator=generator) * 0.1)
         method.on_task_end(task)
     return mllm.eval(), method
+
+
+def stored(mllm, method) -> dict:
+    """What a checkpoint of the training loop holds of model and method, copied."""
+    model = {**mllm.trainable_state(), **{name: value.detach() for name, value in trainable(mllm).items()}}
+    groups = {"model": model, "method": method.state_tensors()}
+    tensors = {group: {name: value.clone() for name, value in named.items()} for group, named in groups.items()}
+    return {**tensors, "values": json.loads(json.dumps(method.state_values()))}
+
+
+def restore(mllm, method, held: dict) -> None:
+    parameters = dict(mllm.model.named_parameters())
+    with torch.no_grad():
+        for name, value in held["model"].items():
+            parameters[name].copy_(value)
+    method.load_state(held["method"], held["values"])
 
 
 def items(stream, count=4):
     return [sample for task in stream.tasks for sample in task.test[:count]]
 
 
-@pytest.mark.parametrize("options", [{"router": "prototype"}, {"router": "oracle"}, {"router": "mllm"}], ids=str)
-def test_a_mixed_batch_gives_each_sample_what_it_gets_alone(options, stream):
-    mllm, method = learned("mr_lora", stream, **options)
+@torch.no_grad()
+def routed_logits(mllm, samples) -> torch.Tensor:
+    """Logits of the answers, with the experts and soft prompts that the routers choose."""
+    gates = None if mllm.router is None else mllm.router(samples)
+    prompts = None if mllm.prompt_router is None else mllm.prompt_router(samples)
+    with mllm.use_experts(gates), mllm.use_prompts(prompts):
+        return mllm.answer_logits(mllm.collate(samples, with_answers=True))
+
+
+@pytest.mark.parametrize(("name", "options"), EVERY, ids=str)
+def test_a_mixed_batch_gives_each_sample_what_it_gets_alone(name, options, stream):
+    mllm, _ = learned(name, stream, **options)
     samples = items(stream)
-    ids = method.route(samples)
-    together = mllm.generate(samples, experts=ids, max_new_tokens=4)
-    alone = []
-    for place, sample in enumerate(samples):
-        alone += mllm.generate([sample], experts=ids[place : place + 1], max_new_tokens=4)
-    assert together == alone
-    assert mllm.generate(samples, max_new_tokens=4) == together
-    batch = mllm.collate(samples, with_answers=True)
-    with torch.no_grad(), mllm.use_experts(ids):
-        mixed = mllm.answer_logits(batch)
-    single = []
-    for place, sample in enumerate(samples):
-        with torch.no_grad(), mllm.use_experts(ids[place : place + 1]):
-            single.append(mllm.answer_logits(mllm.collate([sample], with_answers=True)))
-    torch.testing.assert_close(mixed, torch.cat(single), rtol=1e-4, atol=1e-4)
+    together = mllm.generate(samples, max_new_tokens=4)
+    assert together == [answer for one in samples for answer in mllm.generate([one], max_new_tokens=4)]
+    ids = None if mllm.router is None else mllm.router(samples)
+    if ids is not None:
+        assert mllm.generate(samples, experts=ids, max_new_tokens=4) == together
+    single = torch.cat([routed_logits(mllm, [sample]) for sample in samples])
+    torch.testing.assert_close(routed_logits(mllm, samples), single, rtol=1e-4, atol=1e-4)
 
 
 def test_prototypes_route_separated_tasks_and_nothing_before_the_first(stream):
@@ -114,23 +133,49 @@ def test_old_experts_stay_and_the_new_one_starts_at_nothing(stream):
         assert torch.equal(layer.expert_weight[:1], before[f"{path}.expert_weight"])
 
 
-@pytest.mark.parametrize("name", ["lora", "replay", "moelora", "mage", "mr_lora"])
-def test_what_is_stored_brings_a_fresh_model_to_the_same_logits(name, stream):
-    mllm, method = learned(name, stream)
-    tensors = {key: value.clone() for key, value in method.state_tensors().items()}
-    values = method.state_values()
-    other, fresh = learned(name, stream, tasks=0)
-    while other.experts.num_experts < mllm.experts.num_experts:
-        other.grow_experts(1)
-    other.load_trainable_state(mllm.trainable_state())
-    fresh.load_state(tensors, values)
+@pytest.mark.parametrize(("name", "options"), EVERY, ids=str)
+def test_what_is_stored_brings_a_fresh_model_to_the_same_logits(name, options, stream):
+    mllm, method = learned(name, stream, **options)
+    held = stored(mllm, method)
+    other, fresh = learned(name, stream, tasks=0, **options)
+    if mllm.experts is not None and other.experts.num_experts < mllm.experts.num_experts:
+        other.grow_experts(mllm.experts.num_experts - other.experts.num_experts)
+    restore(other, fresh, held)
+    again = stored(other, fresh)
+    assert again["values"] == held["values"] and again["method"].keys() == held["method"].keys()
+    assert all(torch.equal(value, held["method"][name]) for name, value in again["method"].items())
     samples = items(stream)
-    batch, again = (model.collate(samples, with_answers=True) for model in (mllm, other))
-    routes = None if mllm.router is None else mllm.router(samples)
-    if routes is not None:
-        assert torch.equal(routes, other.router(samples))
-    with torch.no_grad(), mllm.use_experts(routes), other.use_experts(routes):
-        assert torch.equal(mllm.answer_logits(batch), other.answer_logits(again))
+    if mllm.router is not None:
+        assert torch.equal(mllm.router(samples), other.router(samples))
+    assert torch.equal(routed_logits(mllm, samples), routed_logits(other, samples))
+
+
+@pytest.mark.parametrize(("name", "options"), EVERY, ids=str)
+def test_steps_leave_what_is_frozen_bit_for_bit(name, options, stream):
+    """Two steps of every phase of two tasks: what a mask or requires_grad freezes stays, the rest moves."""
+    torch.manual_seed(0)
+    mllm, method = make_composed(), methods.create(name, **options)
+    method.setup(mllm, stream)
+    moved = set()
+    for task in stream.tasks[:2]:
+        method.on_task_start(task)
+        for phase in method.phases(task):
+            method.on_phase_start(task, phase)
+            before = {name: value.detach().clone() for name, value in mllm.model.named_parameters()}
+            for start in (0, 6):
+                our_step(mllm, method, phase.samples[start : start + 6])
+                mllm.model.zero_grad(set_to_none=True)
+            masks = method.parameter_masks()
+            for key, value in mllm.model.named_parameters():
+                changed = value.detach() != before[key]
+                if not value.requires_grad:
+                    assert not changed.any(), key
+                elif key in masks:
+                    assert not (changed & ~masks[key].expand(value.shape)).any(), key
+                if changed.any():
+                    moved.add(key)
+        method.on_task_end(task)
+    assert moved >= set(trainable(mllm))
 
 
 def test_replay_stores_ids_and_mixes_them_in(stream):
@@ -144,14 +189,15 @@ def test_replay_stores_ids_and_mixes_them_in(stream):
 
 
 def test_methods_are_found_created_and_refused(monkeypatch):
-    assert set(methods.available()) == {"finetune", "lora", "mage", "moelora", "mr_lora", "replay"}
-    for method in methods.available().values():
+    files = {path.stem for path in Path(methods.__file__).parent.glob("*.py")}
+    for name, method in methods.available().items():
+        assert name in files and method.name == name
         assert method.summary and method.source and method.stores and method.at_test and method.deviations
     with pytest.raises(ValueError, match="got 'mrlora'; did you mean mr_lora"):
         methods.create("mrlora")
     with pytest.raises(TypeError, match=r"method lora takes .*rank.*, got rnak"):
         methods.create("lora", rnak=3)
-    with pytest.raises(ValueError, match="router must be prototype, mllm or oracle, got 'coin'"):
+    with pytest.raises(ValueError, match=r"router must be one of .*, got 'coin'"):
         methods.create("mr_lora", router="coin")
     with pytest.raises(ValueError, match="experts must be at least 2, got 1"):
         methods.create("moelora", experts=1)

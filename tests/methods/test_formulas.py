@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from mllmcl import methods
-from mllmcl_kernels import MaskedAdamW
 
-from ..models.tiny import make_composed
 from ..training.made_up_run import make_stream
 from .plain import equal, make_plain, one, softmax
+from .stepping import our_step, plain_loss, plain_step, prepared
 
 # name, options, task, gates of the plain version, experts that train, projector copy
 CASES = (
@@ -30,48 +29,6 @@ def stream():
     return make_stream()
 
 
-def prepared(name: str, options: dict, stream, task: int):
-    """A float64 model with the method in it, standing in a task, B and routers not zero."""
-    torch.manual_seed(0)
-    mllm = make_composed()
-    method = methods.create(name, **options, **({} if name == "finetune" else {"dropout": 0.0}))
-    method.setup(mllm, stream)
-    for place in range(task + 1):
-        method.on_task_start(stream.tasks[place])
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for layer in mllm.expert_layers.values():
-            layer.lora_b.normal_(0.0, 0.3, generator=generator)
-            if layer.router_weight is not None:
-                layer.router_weight.normal_(0.0, 0.5, generator=generator)
-    mllm.model.double()
-    return mllm, method
-
-
-def our_step(mllm, method, samples) -> torch.Tensor:
-    trainable = {name: value for name, value in mllm.model.named_parameters() if value.requires_grad}
-    optimizer = MaskedAdamW(trainable.values(), lr=0.01, weight_decay=0.1)
-    for name, mask in method.parameter_masks().items():
-        if name in trainable:
-            optimizer.set_mask(trainable[name], mask)
-    mllm.train()
-    with method.before_forward(samples):
-        loss = method.loss(None, mllm.loss(mllm.collate(samples, with_answers=True)))
-        loss.backward()
-    optimizer.step()
-    return loss.detach()
-
-
-def plain_step(mllm, samples) -> torch.Tensor:
-    trainable = [value for value in mllm.model.parameters() if value.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=0.01, weight_decay=0.1)
-    mllm.train()
-    loss = mllm.loss(mllm.collate(samples, with_answers=True))
-    loss.backward()
-    optimizer.step()
-    return loss.detach()
-
-
 @pytest.mark.parametrize(("name", "options", "task", "weigh", "trains", "copied"), CASES, ids=lambda v: str(v)[:24])
 def test_one_step_is_the_papers(name, options, task, weigh, trains, copied, stream):
     mllm, method = prepared(name, options, stream, task)
@@ -79,7 +36,9 @@ def test_one_step_is_the_papers(name, options, task, weigh, trains, copied, stre
     make_plain(plain, trains, weigh, copied)
     samples = list(stream.tasks[task].train[:5])
     before = {key: value.clone() for key, value in mllm.trainable_state().items()}
-    torch.testing.assert_close(our_step(mllm, method, samples), plain_step(plain, samples), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        our_step(mllm, method, samples), plain_step(plain, plain_loss(plain, samples)), rtol=1e-9, atol=1e-9
+    )
     for path, layer in mllm.expert_layers.items():
         other = plain.model.get_submodule(path)
         for ours, parts, dim in ((layer.lora_a, other.a, 0), (layer.lora_b, other.b, 1)):
@@ -103,7 +62,7 @@ def test_finetuning_is_adamw_on_everything(stream):
     mllm, method = prepared("finetune", {}, stream, 0)
     plain = copy.deepcopy(mllm)
     samples = list(stream.tasks[0].train[:5])
-    torch.testing.assert_close(our_step(mllm, method, samples), plain_step(plain, samples))
+    torch.testing.assert_close(our_step(mllm, method, samples), plain_step(plain, plain_loss(plain, samples)))
     moved = 0
     for (name, ours), theirs in zip(mllm.model.named_parameters(), plain.model.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9, msg=name)

@@ -389,7 +389,7 @@ def test_a_state_that_does_not_fit_is_named(build):
         ("on", ValueError, "gates: expected None"),
         ([0, 2], ValueError, r"ids in -1\.\.1, got 2"),
         ([-2, 0], ValueError, r"ids in -1\.\.1, got -2"),
-        (torch.rand(3), ValueError, r"floats \[E\] or \[B, E\] with E = 2"),
+        (torch.rand(3), ValueError, r"floats \[E\], \[B, E\] or \[B, G, E\] with E = 2"),
         (torch.ones(2, 2, dtype=torch.bool), TypeError, "floats or integer ids"),
         (torch.zeros(2, 2, dtype=torch.int64), ValueError, r"ids of shape \[B\]"),
     ],

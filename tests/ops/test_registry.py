@@ -134,7 +134,13 @@ def gradients(op: Op, sample: Sample, run) -> list[torch.Tensor]:
 
 def differentiated(op: Op, run):
     """The outputs that pass a gradient on."""
-    return lambda *args: [out for place, out in enumerate(run(*args)) if place not in op.aside]
+
+    def outputs(*args):
+        found = run(*args)
+        found = [found] if isinstance(found, torch.Tensor) else found
+        return [out for place, out in enumerate(found) if place not in op.aside]
+
+    return outputs
 
 
 @pytest.mark.parametrize(("op", "backend", "index"), list(autograd_samples()))

@@ -24,7 +24,12 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from mllmcl_kernels import triton_tools  # noqa: E402
+from mllmcl_kernels.masks import ELEMENTS, NONE  # noqa: E402
+from mllmcl_kernels.ops.anchor_grad import triton as anchor_grad  # noqa: E402
 from mllmcl_kernels.ops.distillation_loss import triton as distillation_loss  # noqa: E402
+from mllmcl_kernels.ops.ema_update import triton as ema_update  # noqa: E402
+from mllmcl_kernels.ops.ema_update.reference import CONSTANT, DEMA, PEMA  # noqa: E402
+from mllmcl_kernels.ops.importance_update import triton as importance_update  # noqa: E402
 from mllmcl_kernels.ops.lora_mix import triton as lora_mix  # noqa: E402
 from mllmcl_kernels.ops.lora_mix_routed import triton as lora_mix_routed  # noqa: E402
 from mllmcl_kernels.ops.mask_grads import triton as mask_grads  # noqa: E402
@@ -144,6 +149,20 @@ def optimizer_calls(dtype: torch.dtype) -> None:
     mask_grads.mask_grads_triton(params, masks, [0], [1])
 
 
+def list_calls(dtype: torch.dtype) -> None:
+    params, wide = [empty(64, 64, dtype=dtype)], [empty(64, 64, dtype=torch.float32)]
+    masks, owners = ([empty(64, dtype=torch.uint8)], [0], [1]), [empty(64, 64, dtype=torch.uint8)]
+    for mode, extra in ((CONSTANT, ([], [], [])), (DEMA, (params, params, [])), (PEMA, ([], [], wide))):
+        for group, ranks in ((NONE, []), (0, [32, 32]), (ELEMENTS, [])):
+            lists = (wide, params, *extra, *masks)
+            ema_update.ema_update_triton(*lists, mode, 0.1, 2.0, [group], ranks)
+    for number in (torch.tensor(3.0, dtype=torch.float64), empty(dtype=torch.float64)):
+        anchor_grad.anchor_grad_triton(params, params, params, wide, *masks, number)
+        importance_update.importance_update_triton(wide, params, [], *masks, 2, False, number, 0)
+        for task in (1, 2):
+            importance_update.importance_update_triton(params, params, owners, *masks, 1, True, number, task)
+
+
 def launches(dtype: torch.dtype, architecture: int) -> list[Launch]:
     """Everything the providers would launch on this architecture, each different kernel once."""
     found: dict[Launch, None] = {}
@@ -168,6 +187,7 @@ def launches(dtype: torch.dtype, architecture: int) -> list[Launch]:
             # kernels without a product in x's dtype
             route_calls(dtype, 8192, 512, 8, "sigmoid")
             optimizer_calls(dtype)
+            list_calls(dtype)
     return list(found)
 
 

@@ -7,6 +7,7 @@ that only sizes or machines select. bfloat16 is left out, since the interpreter 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import re
 import subprocess
@@ -482,6 +483,32 @@ def test_frozen_bits_stay():
     for place in (0, 2, 3):
         assert torch.equal(tensors[place][~keep].view(torch.int32), before[place][~keep].view(torch.int32))
         assert not torch.any(tensors[place][keep] == before[place][keep])
+
+
+@inside
+@pytest.mark.parametrize("name", ["importance_update_", "anchor_grad_"])
+def test_a_number_of_a_list_op_that_lives_on_the_device(name: str, monkeypatch):
+    """count and strength read by the kernel, through a pointer that the host does not follow."""
+    op = REGISTRY[name]
+    provider = importlib.import_module(f"{op.package}.triton")
+    monkeypatch.setattr(provider, "lives_there", lambda *_: True)
+    place = op.argument_names.index("count" if name == "importance_update_" else "strength")
+    for sample in op.samples(CPU, torch.float32, 9):
+        args = list(sample.args)
+        args[place] = args[place].to(torch.float32)
+        check(op, tuple(args))
+
+
+@inside
+@pytest.mark.parametrize("chunk", [64, 1024])
+def test_groups_of_many_parts(chunk: int, monkeypatch):
+    """Sums of more parts than are added at a time, with masks and groups across."""
+    from mllmcl_kernels.ops.ema_update import triton as provider
+
+    monkeypatch.setattr(provider, "CHUNK", chunk)
+    monkeypatch.setattr(provider, "PARTS", 16)
+    for sample in REGISTRY["ema_update_"].samples(CPU, torch.float32, 31):
+        check(REGISTRY["ema_update_"], sample.args)
 
 
 @inside

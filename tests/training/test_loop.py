@@ -14,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mllmcl.evaluation import Report
+from mllmcl import MLLM, methods
+from mllmcl.evaluation import Report, read_predictions
 from mllmcl.files import read_jsonl
 from mllmcl.training.checkpoint import CheckpointError
 from mllmcl.training.config import TrainConfig
@@ -152,6 +153,26 @@ def test_accumulated_batches_equal_one_large_batch(tmp_path):
     for key, value in ends[0].items():
         if key.startswith("model/"):
             torch.testing.assert_close(value, ends[1][key], rtol=1e-2, atol=1e-3)
+
+
+def test_an_isolated_expert_answers_an_item_once(tmp_path, monkeypatch):
+    """Every answer equals that of a run that asks again and again."""
+    asked = []
+    generate = MLLM.generate
+
+    def counted(self, samples, *args, **options):
+        asked.append([sample.id for sample in samples])
+        return generate(self, samples, *args, **options)
+
+    monkeypatch.setattr(MLLM, "generate", counted)
+    make_run(tmp_path / "once", "mr_lora", {"router": "oracle"}, num_train_epochs=1)
+    items = [item for batch in asked for item in batch]
+    # three tasks of 8 items: by the base model, then each by its own expert
+    assert len(items) == 2 * 24 and max(items.count(item) for item in items) == 2
+    monkeypatch.setattr(methods.find("mr_lora"), "isolated", False)
+    make_run(tmp_path / "again", "mr_lora", {"router": "oracle"}, num_train_epochs=1)
+    assert len([item for batch in asked for item in batch]) == 2 * 24 + 4 * 24
+    assert read_predictions(tmp_path / "once") == read_predictions(tmp_path / "again")
 
 
 def test_max_steps_and_bf16_and_checkpointing_run(tmp_path):

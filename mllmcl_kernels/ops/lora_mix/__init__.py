@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...checks import expect, expect_device, expect_floating, expect_shape, expect_tensor
+from ...checks import FLOATS, expect, expect_device, expect_floating, expect_shape, expect_tensor
 from ...dropout import draw_seed
 from ...op import Cost, Op
 from .reference import lora_mix_backward_reference, lora_mix_reference
@@ -35,11 +35,14 @@ def _setup_context(ctx, inputs, output) -> None:
     x, weight, bias, lora_a, lora_b, gates, seed, ranks, scaling, trainable, dropout = inputs
     ctx.save_for_backward(x, weight, lora_a, lora_b, gates, seed, output[1])
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
     ctx.has_bias = bias is not None
     ctx.options = (ranks, scaling, trainable, dropout)
 
 
 def _backward(ctx, dy, _ds):
+    if dy is None:
+        return (None,) * 11
     x, weight, lora_a, lora_b, gates, seed, s = ctx.saved_tensors
     ranks, scaling, trainable, dropout = ctx.options
     wants = ctx.needs_input_grad
@@ -112,8 +115,21 @@ def resolve_per_expert(op: str, argument: str, value, experts: int, kind: type) 
     return values
 
 
+def _is_layer(x, weight, bias, lora_a, lora_b) -> bool:
+    """Whether all of `check_layer` holds, found out without making a single message."""
+    for tensor in (x, weight, lora_a, lora_b) if bias is None else (x, weight, bias, lora_a, lora_b):
+        if not (isinstance(tensor, Tensor) and tensor.dtype in FLOATS and tensor.device == x.device):
+            return False
+    if x.dim() < 1 or weight.dim() != 2 or lora_a.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
+        return False
+    width = x.shape[-1]
+    return weight.shape[1] == width == lora_a.shape[1] and lora_b.shape == (weight.shape[0], lora_a.shape[0])
+
+
 def check_layer(op: str, x, weight, bias, lora_a, lora_b) -> None:
     """Types, dtypes, devices and shapes of the linear layer and its stacked adapters."""
+    if _is_layer(x, weight, bias, lora_a, lora_b):
+        return
     for name, value, optional in (
         ("x", x, False),
         ("weight", weight, False),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...checks import expect, expect_floating, expect_tensor
+from ...checks import expect, expect_lists
 from ...masks import Mask, flatten_masks
 from ...op import Cost, Op
 from .reference import mask_grads_reference
@@ -53,9 +53,7 @@ def mask_grads_(grads: Sequence[Tensor], masks: Sequence[Mask | None], *, backen
     tensor([2., 0., 0., 2.])
     """
     op = "mask_grads_"
-    for index, grad in enumerate(grads):
-        expect_tensor(op, f"grads[{index}]", grad)
-        expect_floating(op, f"grads[{index}]", grad)
+    expect_lists(op, {"grads": grads})
     expect(masks is not None, op, "masks", "one Mask or None for each gradient", None, TypeError)
     flat = flatten_masks(op, grads, masks)
     if grads:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
 from ...masks import NONE
-from ...triton_tools import chunk_mask, chunk_of, chunk_table, dtype_reason, launch
+from ...triton_tools import by_dtypes, chunk_mask, chunk_of, chunk_table, dtype_reason, launch
 from . import mask_grads_op
 
 __all__: list[str] = []
@@ -37,17 +36,11 @@ def _supports(grads, *_rest) -> str | None:
 @mask_grads_op.provider("triton", supports=_supports)
 def mask_grads_triton(grads, masks, kinds, actives):
     """Write zeros where the masks forbid, and touch nothing else."""
-    groups: dict[torch.dtype, list[int]] = {}
-    for index, (grad, kind) in enumerate(zip(grads, kinds, strict=True)):
-        if kind != NONE and grad.numel():
-            groups.setdefault(grad.dtype, []).append(index)
-    for indices in groups.values():
-        flat = [grads[index].contiguous() for index in indices]
-        table = chunk_table([flat], *([column[index] for index in indices] for column in (masks, kinds, actives)))
+    masked = [index for index, kind in enumerate(kinds) if kind != NONE]
+    chosen, *flags = ([column[index] for index in masked] for column in (grads, masks, kinds, actives))
+    for flat, columns in by_dtypes([chosen], (0,), *flags):
+        table = chunk_table(flat, *columns)
         launch(
-            _mask_grads_kernel, (len(table.chunks),), flat[0], table.rows, table.chunks,
+            _mask_grads_kernel, (len(table.chunks),), flat[0][0], table.rows, table.chunks,
             **table.constants, BLOCK=BLOCK, warps=4,
         )  # fmt: skip
-        for index, copy in zip(indices, flat, strict=True):
-            if copy is not grads[index]:
-                grads[index].copy_(copy)

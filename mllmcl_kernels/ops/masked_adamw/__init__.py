@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...checks import expect, expect_device, expect_floating, expect_tensor
+from ...checks import expect, expect_lists, expect_number
 from ...masks import Mask, flatten_masks
 from ...op import Cost, Op
 from .reference import masked_adamw_reference
@@ -33,28 +33,6 @@ masked_adamw_op = Op(
     cost=_cost,
     mutates=("params", "exp_avgs", "exp_avg_sqs"),
 )
-
-
-def _number(op: str, argument: str, value: float | Tensor, low: float, text: str) -> Tensor:
-    """A 0-dim tensor; a tensor on another device is taken as it is, without a look at its value."""
-    if isinstance(value, Tensor):
-        expect(value.numel() == 1, op, argument, "a number or a tensor with one element", list(value.shape))
-        return value.reshape(())
-    expect(value >= low, op, argument, text, value)
-    return torch.tensor(value, dtype=torch.float64)
-
-
-def _check_lists(op: str, params, grads, exp_avgs, exp_avg_sqs) -> None:
-    for name, tensors in (("grads", grads), ("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
-        expect(len(tensors) == len(params), op, name, f"as many as params = {len(params)}", len(tensors))
-    for name, tensors in (("params", params), ("grads", grads), ("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
-        for index, (tensor, parameter) in enumerate(zip(tensors, params, strict=True)):
-            label = f"{name}[{index}]"
-            expect_tensor(op, label, tensor)
-            expect_floating(op, label, tensor)
-            shape = list(parameter.shape)
-            expect(list(tensor.shape) == shape, op, label, f"of the parameter's shape {shape}", list(tensor.shape))
-            expect_device(op, label, tensor, params[0].device)
 
 
 @torch.no_grad()
@@ -101,12 +79,12 @@ def masked_adamw_(
     tensor([0.5000, 0.5000, 1.0000, 1.0000])
     """
     op = "masked_adamw_"
-    _check_lists(op, params, grads, exp_avgs, exp_avg_sqs)
+    expect_lists(op, {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs})
     flat = flatten_masks(op, params, masks)
     numbers = (
-        _number(op, "step", step, 1, "at least 1"),
-        _number(op, "lr", lr, 0, ">= 0"),
-        _number(op, "grad_scale", grad_scale, float("-inf"), "a number"),
+        expect_number(op, "step", step, "at least 1", 1),
+        expect_number(op, "lr", lr, ">= 0", 0),
+        expect_number(op, "grad_scale", grad_scale),
     )
     beta1, beta2 = betas
     expect(0 <= beta1 < 1 and 0 <= beta2 < 1, op, "betas", "two numbers in [0, 1)", betas)

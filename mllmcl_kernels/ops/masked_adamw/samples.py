@@ -53,7 +53,7 @@ def bad_samples() -> list[BadSample]:
             "grad shape",
             call(grad=torch.ones(2, 4)),
             ValueError,
-            r"grads\[0\] must be of the parameter's shape \[4, 2\], got \[2, 4\]",
+            r"grads\[0\] must be of params\[0\]'s shape \[4, 2\], got \[2, 4\]",
         ),
         BadSample("grad none", call(grad="zero"), TypeError, r"grads\[0\] must be a Tensor, got str"),
         BadSample("step zero", call(step=0), ValueError, r"step must be at least 1, got 0"),

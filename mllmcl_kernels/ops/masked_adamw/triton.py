@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...triton_tools import DTYPES, chunk_mask, chunk_of, chunk_table, launch
+from ...triton_tools import by_dtypes, chunk_mask, chunk_of, chunk_table, dtypes_reason, launch, lives_there
 from . import masked_adamw_op
 
 __all__: list[str] = []
@@ -62,10 +62,7 @@ def _masked_adamw_kernel(
 
 
 def _supports(params, grads, exp_avgs, exp_avg_sqs, *_rest) -> str | None:
-    for tensor in (*params, *grads, *exp_avgs, *exp_avg_sqs):
-        if tensor.dtype not in DTYPES:
-            return f"triton runs float32, bfloat16 and float16, got {tensor.dtype}"
-    return None
+    return dtypes_reason(params, grads, exp_avgs, exp_avg_sqs)
 
 
 def _logarithm(beta: float) -> float:
@@ -75,7 +72,7 @@ def _logarithm(beta: float) -> float:
 
 def _numbers(step: Tensor, lr: Tensor, grad_scale: Tensor, beta1: float, beta2: float, device: torch.device) -> dict:
     """Which of the three live on the device, and the values of the others."""
-    there = [value.device == device and device.type != "cpu" for value in (step, lr, grad_scale)]
+    there = [lives_there(value, device) for value in (step, lr, grad_scale)]
     count = 1.0 if there[0] else float(step)
     return {
         "there": there,
@@ -94,14 +91,9 @@ def masked_adamw_triton(
 ):  # fmt: skip
     """One launch for each combination of dtypes; no host wait for numbers that live on the device."""
     lists = (params, grads, exp_avgs, exp_avg_sqs)
-    groups: dict[tuple, list[int]] = {}
-    for index, tensors in enumerate(zip(*lists, strict=True)):
-        if tensors[0].numel():
-            groups.setdefault(tuple(tensor.dtype for tensor in tensors), []).append(index)
     numbers = _numbers(step, lr, grad_scale, beta1, beta2, params[0].device)
-    for indices in groups.values():
-        flat = [[tensors[index].contiguous() for index in indices] for tensors in lists]
-        table = chunk_table(flat, *([column[index] for index in indices] for column in (masks, kinds, actives)))
+    for flat, columns in by_dtypes(lists, (0, 2, 3), masks, kinds, actives):
+        table = chunk_table(flat, *columns)
         pointers = [
             value if there else table.rows
             for value, there in zip((step, lr, grad_scale), numbers["there"], strict=True)
@@ -114,7 +106,3 @@ def masked_adamw_triton(
             STEP_THERE=numbers["there"][0], LR_THERE=numbers["there"][1], SCALE_THERE=numbers["there"][2],
             **table.constants, BLOCK=BLOCK, warps=4,
         )  # fmt: skip
-        for tensors, copies in zip((params, exp_avgs, exp_avg_sqs), (flat[0], flat[2], flat[3]), strict=True):
-            for index, copy in zip(indices, copies, strict=True):
-                if copy is not tensors[index]:
-                    tensors[index].copy_(copy)

@@ -1,0 +1,111 @@
+"""DER++: experience replay with stored logits."""
+
+# n answer tokens of all stored samples, k logits kept of each, b samples of a draw
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .base import LoraMethod
+from .buffers import BatchReplayMethod
+from .losses import topk_distillation
+
+#: samples whose logits are taken together
+BATCH = 32
+
+
+@dataclass(kw_only=True)
+class DerPp(BatchReplayMethod, LoraMethod):
+    """Sequential LoRA held to the labels of one buffer batch and to the stored logits of another.
+
+        L = CE(task batch) + distil * T^2 KL(p_stored || q) (buffer batch) + beta CE(another buffer batch)
+
+    with p_stored over the `top_k` largest logits of each answer token and q over the whole vocabulary.
+
+    Args:
+        distil: weight of the distillation. beta: weight of the buffer's cross entropy.
+        top_k: logits stored of each answer token.
+        temperature: T.
+    """
+
+    name: ClassVar[str] = "der_pp"
+    summary: ClassVar[str] = "experience replay that also distils the logits stored with the samples (DER++)"
+    source: ClassVar[str] = "Buzzega et al. 2020 (arXiv:2004.07211)"
+    stores: ClassVar[str] = "ids of samples as in er; `top_k` logits and tokens of each of their answer tokens"
+    at_test: ClassVar[str] = "nothing"
+    deviations: ClassVar[str] = (
+        "stores the largest logits of the vocabulary and compares by divergence instead of squared distance of all; "
+        "samples and logits are taken when a task ends, not while it is learned"
+    )
+
+    distil: float = 0.5
+    beta: float = 0.5
+    top_k: int = 32
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.top_k < 1 or self.temperature <= 0:
+            raise ValueError(f"top_k must be at least 1 and temperature > 0, got {self.top_k} and {self.temperature}")
+        #: in the order of the buffer: logits `[n, k]`, their tokens `[n, k]`, tokens of each sample
+        self.values, self.indices = torch.zeros(0, self.top_k), torch.zeros(0, self.top_k, dtype=torch.int32)
+        self.lengths = torch.zeros(0, dtype=torch.int64)
+
+    def loss(self, batch, loss: Tensor) -> Tensor:
+        if not self.pools:
+            return loss
+        mllm = self.mllm
+        samples, places = self.draw(self.buffer_batch or len(batch))
+        hidden = mllm.answer_hidden(mllm.collate(samples, with_answers=True))
+        rows = self._rows(places)
+        values, indices = (stored[rows].to(mllm.device, non_blocking=True) for stored in (self.values, self.indices))
+        distilled = topk_distillation(hidden, mllm.head_weight, values, indices, temperature=self.temperature)
+        again, _ = self.draw(self.buffer_batch or len(batch))
+        labelled = self.answer_loss(mllm.collate(again, with_answers=True))
+        return loss + self.distil * distilled + self.beta * labelled
+
+    def _rows(self, places_b: Tensor) -> Tensor:
+        """Rows of the stored logits of these samples, one after the other; on the CPU."""
+        num_b = self.lengths[places_b]
+        first_b = (self.lengths.cumsum(0) - self.lengths)[places_b]
+        before_b = num_b.cumsum(0) - num_b
+        return torch.arange(int(num_b.sum())) + (first_b - before_b).repeat_interleave(num_b)
+
+    def on_task_end(self, task) -> None:
+        ids = [sample_id for kept in self.buffer.values() for sample_id in kept]
+        sizes = self.lengths.tolist()
+        known = dict(zip(ids, zip(self.values.split(sizes), self.indices.split(sizes), strict=True), strict=True))
+        super().on_task_end(task)
+        known |= self._taught(self.stored([task]))
+        kept = [known[sample_id] for each in self.buffer.values() for sample_id in each]
+        self.values, self.indices = (torch.cat(parts) for parts in zip(*kept, strict=True))
+        self.lengths = torch.tensor([len(values) for values, _ in kept])
+
+    @torch.no_grad()
+    def _taught(self, samples: list) -> dict[str, tuple[Tensor, Tensor]]:
+        """Id of each sample to the largest logits of its answer tokens, and their tokens, on the CPU."""
+        mllm, found = self.mllm, {}
+        was_training = mllm.model.training
+        mllm.eval()
+        for start in range(0, len(samples), BATCH):
+            part = samples[start : start + BATCH]
+            batch = mllm.collate(part, with_answers=True)
+            with self.autocast():
+                values, indices = mllm.answer_logits(batch).topk(self.top_k)
+            sizes = (batch.labels >= 0).sum(1).tolist()
+            pairs = zip(values.cpu().split(sizes), indices.int().cpu().split(sizes), strict=True)
+            found |= dict(zip((sample.id for sample in part), pairs, strict=True))
+        mllm.train(was_training)
+        return found
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        stored = {"values": self.values, "indices": self.indices, "lengths": self.lengths}
+        return {**super().state_tensors(), **stored}
+
+    def load_state(self, tensors, values) -> None:
+        super().load_state(tensors, values)
+        self.values, self.indices, self.lengths = (tensors[name] for name in ("values", "indices", "lengths"))
