@@ -169,7 +169,7 @@ def rows_and_ranks(T, R, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr):
 # -- softmax over a long row ------------------------------------------------------------------------------------------
 
 #: entries of a row that a program reads at once, with eight warps
-ROW_BLOCK = 4096
+ROW_BLOCK = 2048
 #: the maximum of a lane that has seen nothing: finite, so that it can be subtracted
 LOWEST = tl.constexpr(-3.0e38)
 

@@ -198,12 +198,18 @@ def test_tokens_that_do_not_count_on_a_device_without_compaction(backend, monkey
                 torch.testing.assert_close(mine, other, equal_nan=True)
 
 
+def cached_log_p(teacher, entries, temperature):
+    """What the op itself is given of a cached teacher."""
+    values, indices, rest = teacher_top_k(teacher, entries, temperature)
+    return torch.cat((values, rest[:, None]), -1).div(temperature).log_softmax(-1)[:, :entries], indices
+
+
 def wrong_calls() -> tuple[list[tuple[str, tuple, torch.Tensor]], list[torch.Tensor]]:
     """Ops with targets of which some are none, and which; the head they share."""
     given = [tensor.detach() for tensor in leaves(torch.float32).values()]
     labels = some_labels()
     labels[1], labels[4] = V, -7
-    values, indices = teacher_top_k(TEACHER.float(), 3, 2.0)
+    values, indices = cached_log_p(TEACHER.float(), 3, 2.0)
     indices = indices.long()
     indices[3, 1], indices[5, 2], indices[7, 0], indices[7, 1] = V, -1, 0, 0
     values[9] += 2.0
@@ -331,8 +337,9 @@ def test_distillation_is_kl_div(backend, reduction, temperature, frozen):
 def test_a_cached_teacher_is_the_divergence_of_what_is_taken_together(backend):
     """Both distributions summed over the rest by hand, entry by entry."""
     given, temperature, top = leaves(), 1.7, 3
-    values, indices = teacher_top_k(TEACHER, top, temperature)
-    ours = distil(**given, teacher=(values, indices), temperature=temperature, reduction="none", backend=backend)
+    cached = teacher_top_k(TEACHER, top, temperature)
+    indices = cached[1]
+    ours = distil(**given, teacher=cached, temperature=temperature, reduction="none", backend=backend)
     q = F.softmax(F.linear(*given.values()) / temperature, -1)
     p = F.softmax(TEACHER / temperature, -1)
     losses = []
@@ -386,20 +393,35 @@ def test_a_student_that_is_its_teacher_has_no_loss(backend):
 def test_caches_in_half_precision_and_small_integers(backend):
     """float16 values and int32 indices, as a buffer on disk has them."""
     given = leaves(torch.float32)
-    values, indices = teacher_top_k(TEACHER, 6, 2.0)
+    values, indices, rest = teacher_top_k(TEACHER, 6, 2.0)
     assert indices.dtype == torch.int32
-    exact = distil(**given, teacher=(values, indices.long()), backend=backend)
-    ours = distil(**given, teacher=[values.half(), indices], backend=backend)
+    exact = distil(**given, teacher=(values, indices.long(), rest), backend=backend)
+    ours = distil(**given, teacher=[values.half(), indices, rest.half()], backend=backend)
     torch.testing.assert_close(ours, exact, rtol=1e-2, atol=1e-3)
 
 
+def test_a_teacher_of_top_logits_alone(backend):
+    """(values, indices) of torch.topk: the teacher's softmax over the k, the student's over all; scaled logits too."""
+    given, temperature = leaves(), 1.3
+    values, indices = TEACHER.topk(4, -1)
+    ours = distil(**given, teacher=(values, indices), temperature=temperature, reduction="none", backend=backend)
+    log_q = F.log_softmax(F.linear(*given.values()) / temperature, -1).gather(-1, indices)
+    log_p = F.log_softmax(values / temperature, -1)
+    usual = temperature**2 * (log_p.exp() * (log_p - log_q)).sum(-1) * (some_labels() != IGNORE)
+    torch.testing.assert_close(ours, usual)
+    torch.testing.assert_close(gradients(ours.sum(), given), gradients(usual.sum(), given))
+    moved = distil(**given, teacher=(values + 9.0, indices), temperature=temperature, reduction="none", backend=backend)
+    torch.testing.assert_close(moved, ours)
+
+
 def test_teacher_top_k():
-    """The best k in order, at the temperature, for any leading dims; bad arguments in words."""
+    """The best k in order and the weight of the others, for any leading dims; bad arguments in words."""
     logits = TEACHER.view(1, T, V)
-    values, indices = teacher_top_k(logits, 3, temperature=0.5)
-    order = logits.argsort(-1, descending=True)[..., :3]
-    assert torch.equal(indices.long(), order)
-    torch.testing.assert_close(values, F.log_softmax(logits / 0.5, -1).gather(-1, order))
+    values, indices, rest = teacher_top_k(logits, 3, temperature=0.5)
+    order = logits.argsort(-1, descending=True)
+    assert torch.equal(indices.long(), order[..., :3])
+    assert torch.equal(values, logits.gather(-1, order[..., :3]))
+    torch.testing.assert_close((rest / 0.5).exp(), (logits.gather(-1, order[..., 3:]) / 0.5).exp().sum(-1))
     assert teacher_top_k(logits.bfloat16(), 2)[0].dtype == torch.float32
     with pytest.raises(ValueError, match=r"teacher_top_k: k must be an integer in 1\.\.V = 21, got 22"):
         teacher_top_k(logits, 22)

@@ -55,8 +55,8 @@ distillation_loss_op = Op(
 )
 
 
-def teacher_top_k(logits: Tensor, k: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """What `distillation_loss` needs of a teacher, to be kept: the k likeliest tokens and their log-probabilities.
+def teacher_top_k(logits: Tensor, k: int, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """What `distillation_loss` needs of a teacher, to be kept: the k largest logits, and what all others weigh.
 
     Args:
         logits: `[..., V]`, the teacher's.
@@ -64,11 +64,12 @@ def teacher_top_k(logits: Tensor, k: int, temperature: float = 1.0) -> tuple[Ten
         temperature: the one that the loss will be called with: what is left out cannot be heated later.
 
     Returns:
-        values `[..., k]`, log softmax(logits / temperature) in float32 or better, and indices `[..., k]` int32.
+        values `[..., k]`, logits in float32 or better, their indices `[..., k]` int32, and rest `[...]`, the one logit
+        that weighs as much as all others together: temperature * logsumexp(others / temperature).
 
-    >>> values, indices = teacher_top_k(torch.randn(2, 3, 50), 8, temperature=2.0)
-    >>> values.shape, indices.dtype
-    (torch.Size([2, 3, 8]), torch.int32)
+    >>> values, indices, rest = teacher_top_k(torch.randn(2, 3, 50), 8, temperature=2.0)
+    >>> values.shape, indices.dtype, rest.shape
+    (torch.Size([2, 3, 8]), torch.int32, torch.Size([2, 3]))
     """
     op = "teacher_top_k"
     expect_tensor(op, "logits", logits)
@@ -77,9 +78,10 @@ def teacher_top_k(logits: Tensor, k: int, temperature: float = 1.0) -> tuple[Ten
     whole = isinstance(k, int) and 1 <= k <= logits.shape[-1]
     expect(whole, op, "k", f"an integer in 1..V = {logits.shape[-1]}", k)
     _check_temperature(op, temperature)
-    log_p = torch.log_softmax(logits.to(wide_dtype(logits.dtype)) / temperature, -1)
-    values, indices = log_p.topk(k, -1)
-    return values, indices.to(torch.int32)
+    wide = logits.to(wide_dtype(logits.dtype))
+    values, indices = wide.topk(k, -1)
+    others = wide.scatter(-1, indices, float("-inf")) / temperature
+    return values, indices.to(torch.int32), temperature * others.logsumexp(-1)
 
 
 def _check_temperature(op: str, temperature) -> None:
@@ -87,18 +89,18 @@ def _check_temperature(op: str, temperature) -> None:
     expect(positive, op, "temperature", "a positive number", temperature)
 
 
-def _check_teacher(op: str, hidden: Tensor, teacher, vocabulary: int) -> tuple[Tensor, Tensor | None]:
-    """The teacher's logits `[T, V]`, or its log-probabilities and int64 indices `[T, K]`."""
-    pair = isinstance(teacher, (tuple, list))
-    kind = f"{type(teacher).__name__} of {len(teacher)}" if pair else type(teacher).__name__
-    tensors = tuple(teacher) if pair else (teacher,)
-    fits = len(tensors) == (2 if pair else 1) and all(isinstance(tensor, Tensor) for tensor in tensors)
-    expect(fits, op, "teacher", "a Tensor or a pair (values, indices)", kind, TypeError)
+def _check_teacher(op: str, hidden: Tensor, teacher, vocabulary: int, temperature: float):
+    """The teacher's logits `[T, V]`, or log-probabilities and int64 indices `[T, K]`."""
+    several = isinstance(teacher, (tuple, list))
+    kind = f"{type(teacher).__name__} of {len(teacher)}" if several else type(teacher).__name__
+    tensors = tuple(teacher) if several else (teacher,)
+    fits = len(tensors) in ((2, 3) if several else (1,)) and all(isinstance(tensor, Tensor) for tensor in tensors)
+    expect(fits, op, "teacher", "a Tensor, (values, indices) or (values, indices, rest)", kind, TypeError)
     expect_floating(op, "teacher", tensors[0])
     for tensor in tensors:
         expect(tensor.device == hidden.device, op, "teacher", f"on {hidden.device} like hidden", tensor.device)
     lead, values = hidden.shape[:-1], tensors[0].detach()
-    if not pair:
+    if not several:
         expect_shape(op, "teacher", values, "[..., V]", (*lead, vocabulary))
         return values.reshape(-1, vocabulary), None
     indices = tensors[1]
@@ -106,8 +108,14 @@ def _check_teacher(op: str, hidden: Tensor, teacher, vocabulary: int) -> tuple[T
     expect(fits, op, "teacher's values", f"[..., k] with k in 1..V = {vocabulary}", list(values.shape))
     expect(is_integer(indices), op, "teacher's indices", "of an integer dtype", indices.dtype, TypeError)
     expect_shape(op, "teacher's indices", indices, "[..., k] like its values", values.shape)
-    entries = values.shape[-1]
-    return values.reshape(-1, entries), indices.reshape(-1, entries).to(torch.int64)
+    entries, wide = values.shape[-1], wide_dtype(hidden.dtype)
+    known = values.to(wide)
+    if len(tensors) == 3:
+        expect_floating(op, "teacher's rest", tensors[2])
+        expect_shape(op, "teacher's rest", tensors[2], "[...] of hidden [..., d]", lead)
+        known = torch.cat((known, tensors[2].detach().to(wide)[..., None]), -1)
+    log_p = torch.log_softmax(known / temperature, -1)[..., :entries]
+    return log_p.reshape(-1, entries), indices.reshape(-1, entries).to(torch.int64)
 
 
 def distillation_loss(
@@ -128,20 +136,20 @@ def distillation_loss(
         loss = temperature^2 * sum over v of p_v (log p_v - log q_v)
         q    = softmax((hidden W^T + b) / temperature),    p = softmax(teacher / temperature)
 
-    The student's logits `[tokens, V]` never exist at once. A cached teacher gives the log-probabilities of k tokens;
-    all others are then one more entry, the rest: p_rest = 1 - sum of the k p, and q_rest the student's mass on the same
-    others. This is the divergence of the two distributions with the others taken together, so it is never above the
-    full one, is zero where the student agrees, and pulls back mass that a student moves to the others. Renormalising
-    the student over the k entries would not: it is blind to any mass outside of them.
+    The student's logits `[tokens, V]` never exist at once. A cached teacher gives its k largest logits: p is their
+    softmax, q stays the student's softmax over all tokens. With rest, which `teacher_top_k` gives too, p is the
+    teacher's own, and all other tokens are one more entry on both sides: p_rest = 1 - sum of the k p, and q_rest the
+    student's mass on the same others. This is the divergence of the two distributions with the others taken together:
+    never above the full one, and zero where the student agrees.
 
     Args:
         hidden: `[..., d]`, float32, bfloat16, float16 or float64; logits are rounded to its dtype, as those of a model
             are, everything after them is float32 or better.
         head_weight, head_bias: the student's head, `[V, d]` and `[V]` or None; cast to hidden's dtype. Without
             requires_grad, as when the head is frozen, no work is done for their gradients.
-        teacher: logits `[..., V]` of any floating dtype (minus infinity forbids a token), or a pair: values `[..., k]`,
-            log-probabilities at this temperature, and their distinct indices `[..., k]`; `teacher_top_k` makes it. No
-            gradient flows into it.
+        teacher: logits `[..., V]` of any floating dtype (minus infinity forbids a token); or values `[..., k]`, the
+            logits of k tokens, with their distinct indices `[..., k]`, as torch.topk gives them; or both with rest
+            `[...]`, as `teacher_top_k` gives them at this temperature. No gradient flows into it.
         temperature: divides both logits; its square keeps the gradient's size.
         labels: integers `[...]`; tokens whose label is ignore_index do not count, nothing else is read from them. None:
             all count.
@@ -154,8 +162,8 @@ def distillation_loss(
 
     Raises:
         TypeError, ValueError: wrong types, shapes or devices, a temperature that is not positive, and, on the CPU, a
-            cached teacher with an index out of range or twice, or with values that are no log-probabilities, with its
-            position. On other devices nobody waits to look: such a teacher makes the loss NaN.
+            cached teacher with an index out of range or twice, with its position. On other devices nobody waits to
+            look: such a teacher makes the loss NaN.
 
     Source: Hinton et al., Distilling the Knowledge in a Neural Network (2015); Li and Hoiem, Learning without
     Forgetting (2016).
@@ -168,8 +176,8 @@ def distillation_loss(
     """
     op = "distillation_loss"
     check_head(op, hidden, head_weight, head_bias)
-    values, indices = _check_teacher(op, hidden, teacher, head_weight.shape[0])
     _check_temperature(op, temperature)
+    values, indices = _check_teacher(op, hidden, teacher, head_weight.shape[0], temperature)
     check_options(op, ignore_index, reduction, chunk)
     counted = None if labels is None else check_labels(op, hidden, labels) != ignore_index
     arguments = (None, values, indices, counted, float(temperature), chunk)

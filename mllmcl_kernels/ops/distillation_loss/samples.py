@@ -47,7 +47,9 @@ def samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample]
             teacher[:, ::3] = float("-inf")
         indices = None
         if top:
-            teacher, indices = teacher_top_k(teacher, top, temperature)
+            values, indices, rest = teacher_top_k(teacher, top, temperature)
+            # of the op itself a cached teacher is log-probabilities
+            teacher = torch.cat((values, rest[:, None]), -1).div(temperature).log_softmax(-1)[:, :top]
         # a cache keeps float32, a teacher that runs beside the student its own dtype
         teacher = teacher.to(device, wide if top else dtype)
         counted = None
@@ -74,7 +76,7 @@ def bad_samples() -> list[BadSample]:
     from . import distillation_loss, teacher_top_k
 
     good = {"hidden": torch.randn(2, 3, 8), "head_weight": torch.randn(5, 8), "teacher": torch.randn(2, 3, 5)}
-    values, indices = teacher_top_k(good["teacher"], 2)
+    values, indices, rest = teacher_top_k(good["teacher"], 2)
 
     def call(options=None, **changed):
         return lambda: distillation_loss(*{**good, **changed}.values(), **(options or {}))
@@ -84,8 +86,8 @@ def bad_samples() -> list[BadSample]:
     return [
         BadSample("hidden no tensor", call(hidden=[1.0]), TypeError, r"hidden must be a Tensor, got list"),
         BadSample("head width", call(head_weight=torch.randn(5, 9)), ValueError, r"head_weight must be \[V, d\] with d = 8 as in hidden, got \[5, 9\]"),
-        BadSample("teacher no tensor", call(teacher=None), TypeError, r"teacher must be a Tensor or a pair \(values, indices\), got NoneType"),
-        BadSample("teacher of three", call(teacher=(values, indices, values)), TypeError, r"teacher must be a Tensor or a pair \(values, indices\), got tuple of 3"),
+        BadSample("teacher no tensor", call(teacher=None), TypeError, r"teacher must be a Tensor, \(values, indices\) or \(values, indices, rest\), got NoneType"),
+        BadSample("teacher of four", call(teacher=(values, indices, rest, rest)), TypeError, r"teacher must be a Tensor, .*, got tuple of 4"),
         BadSample("teacher integer", call(teacher=good["teacher"].long()), TypeError, r"teacher must be of dtype float32"),
         BadSample("teacher vocabulary", call(teacher=torch.randn(2, 3, 6)), ValueError, r"teacher must be \[\.\.\., V\] = \[2, 3, 5\], got \[2, 3, 6\]"),
         BadSample("teacher's lead", call(teacher=torch.randn(6, 5)), ValueError, r"teacher must be \[\.\.\., V\] = \[2, 3, 5\], got \[6, 5\]"),
@@ -95,7 +97,7 @@ def bad_samples() -> list[BadSample]:
         BadSample("more entries than tokens", call(teacher=(torch.randn(2, 3, 6), torch.zeros(2, 3, 6, dtype=torch.int64))), ValueError, r"teacher's values must be \[\.\.\., k\] with k in 1\.\.V = 5, got \[2, 3, 6\]"),
         BadSample("index outside", call(teacher=(values, outside)), ValueError, r"teacher must have indices in 0\.\.4, got \[5, \d\] at position 4"),
         BadSample("index twice", call(teacher=(values, twice)), ValueError, r"teacher must have distinct indices, got \[3, 3\] at position 2"),
-        BadSample("logits as values", call(teacher=(values + 9.0, indices)), ValueError, r"values that are log-probabilities at this temperature, got probabilities that sum to .* at position 0"),
+        BadSample("rest of another shape", call(teacher=(values, indices, values)), ValueError, r"teacher's rest must be \[\.\.\.\] of hidden \[\.\.\., d\] = \[2, 3\], got \[2, 3, 2\]"),
         BadSample("temperature", call({"temperature": 0.0}), ValueError, r"temperature must be a positive number, got 0\.0"),
         BadSample("labels shape", call({"labels": torch.zeros(3, dtype=torch.int64)}), ValueError, r"labels must be \[\.\.\.\] of hidden \[\.\.\., d\] = \[2, 3\], got \[3\]"),
         BadSample("labels floating", call({"labels": torch.zeros(2, 3)}), TypeError, r"labels must be of an integer dtype"),
