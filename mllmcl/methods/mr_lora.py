@@ -11,22 +11,15 @@ from torch import Tensor
 
 from .base import Phase
 from .isolated import ExpertPerTask
-from .routers import RouterOptions, find_router
+from .routed import RoutedMethod
+from .routers import find_router
 
 
 @dataclass(kw_only=True)
-class MrLora(ExpertPerTask):
+class MrLora(RoutedMethod, ExpertPerTask):
     """An expert for each task: a LoRA and a copy of the projector, trained alone from the same base.
 
     At test a router names the expert of each sample; one batch mixes experts, and the projector is swapped with them.
-
-    Args:
-        router: name of a router of `routers`: "prototype" (nearest prototype on frozen features), "mllm" (the model
-            with an expert of its own names a letter), "oracle" (the task is given), and the others there.
-        prototypes: prototypes of a task.
-        router_samples: samples of each task the letter router trains on.
-        router_epochs: passes over them after each task.
-        seed: of the draw of router samples.
     """
 
     name: ClassVar[str] = "mr_lora"
@@ -43,23 +36,6 @@ class MrLora(ExpertPerTask):
     )
     isolated: ClassVar[bool] = True
 
-    router: str = "prototype"
-    prototypes: int = 4
-    router_samples: int = 20
-    router_epochs: float = 30.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        find_router(self.router)
-
-    def setup(self, mllm, stream) -> None:
-        super().setup(mllm, stream)
-        options = RouterOptions(
-            prototypes=self.prototypes, samples=self.router_samples, epochs=self.router_epochs, seed=self.seed
-        )
-        self.chooser = find_router(self.router)(mllm, stream.tasks, options)
-        mllm.router = self.route
-
     def _projector_experts(self) -> bool:
         return self.train_projector
 
@@ -72,22 +48,5 @@ class MrLora(ExpertPerTask):
         tasks = self.chooser(samples)
         return torch.where(tasks < 0, tasks, tasks + self.first)
 
-    def phases(self, task) -> list[Phase]:
-        return [*super().phases(task), *self.chooser.phases(self.index_of(task))]
-
     def on_phase_start(self, task, phase: Phase) -> None:
         self.act(self.index_of(task) + self.first if phase.name == "train" else 0)
-
-    def on_task_end(self, task) -> None:
-        super().on_task_end(task)
-        self.chooser.learn(self.index_of(task))
-
-    def state_tensors(self) -> dict[str, Tensor]:
-        return self.chooser.state_tensors()
-
-    def state_values(self) -> dict:
-        return {**super().state_values(), "router": self.chooser.state_values()}
-
-    def load_state(self, tensors, values) -> None:
-        super().load_state(tensors, values)
-        self.chooser.load_state(tensors, values["router"])
