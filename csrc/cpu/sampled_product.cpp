@@ -4,26 +4,15 @@
 #include <cmath>
 
 #include "../checks.h"
-
-#if defined(__GNUC__)
-#define MLLMCL_INLINE inline __attribute__((always_inline))
-#else
-#define MLLMCL_INLINE inline
-#endif
+#include "lanes.h"
 
 namespace mllmcl {
 namespace {
 
-constexpr int64_t kLanes = 8;
-typedef float Lanes __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
-
-MLLMCL_INLINE Lanes& lanes(float* at) { return *reinterpret_cast<Lanes*>(at); }
-MLLMCL_INLINE const Lanes& lanes(const float* at) { return *reinterpret_cast<const Lanes*>(at); }
-
 MLLMCL_INLINE float dot(const float* a, const float* b, int64_t rank) {
   Lanes sum = lanes(a) * lanes(b);
   for (int64_t k = kLanes; k < rank; k += kLanes) sum += lanes(a + k) * lanes(b + k);
-  return ((sum[0] + sum[4]) + (sum[1] + sum[5])) + ((sum[2] + sum[6]) + (sum[3] + sum[7]));
+  return total(sum);
 }
 
 // Entries of one destination, in their order.
@@ -34,9 +23,9 @@ struct Entries {
 };
 
 MLLMCL_INLINE float absolute_sum(const float* own, const Entries& e, int64_t rank) {
-  float total = 0.0f;
-  for (int64_t i = 0; i < e.count; ++i) total += std::fabs(dot(own, e.sources + e.places[i] * rank, rank));
-  return total;
+  float sum = 0.0f;
+  for (int64_t i = 0; i < e.count; ++i) sum += std::fabs(dot(own, e.sources + e.places[i] * rank, rank));
+  return sum;
 }
 
 MLLMCL_INLINE void slope(const float* own, const Entries& e, float weight, float* out, int64_t rank) {
@@ -44,7 +33,8 @@ MLLMCL_INLINE void slope(const float* own, const Entries& e, float weight, float
   for (int64_t i = 0; i < e.count; ++i) {
     const float* source = e.sources + e.places[i] * rank;
     const float entry = dot(own, source, rank);
-    const float share = entry > 0.0f ? weight : entry < 0.0f ? -weight : 0.0f;
+    // signs come at random: nothing to branch on
+    const float share = weight * static_cast<float>((entry > 0.0f) - (entry < 0.0f));
     for (int64_t k = 0; k < rank; k += kLanes) lanes(out + k) += share * lanes(source + k);
   }
 }
