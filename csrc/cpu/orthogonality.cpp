@@ -15,29 +15,18 @@ constexpr int64_t kRows = 4;  // rows of A, and old rows, that are multiplied at
 using Rows = const float* [kRows];
 using Products = float[kRows][kRows];
 
-// Two old rows against four of A: as many sums as hide the latency of a fused multiply-add.
-MLLMCL_INLINE void two_columns(const Rows& a, const float* first, const float* second, int64_t width, Products& out,
-                               int64_t column) {
-  Lanes sums[kRows][2] = {};
+// Four old rows against four of A: more sums than a fused multiply-add has stages, half a load for each.
+MLLMCL_CLONES void products(const Rows& a, const Rows& old, int64_t width, Products& out) {
+  Lanes sums[kRows][kRows] = {};
   int64_t k = 0;
   for (; k + kLanes <= width; k += kLanes)
-    for (int64_t i = 0; i < kRows; ++i) {
-      sums[i][0] += lanes(a[i] + k) * lanes(first + k);
-      sums[i][1] += lanes(a[i] + k) * lanes(second + k);
+    for (int64_t i = 0; i < kRows; ++i)
+      for (int64_t q = 0; q < kRows; ++q) sums[i][q] += lanes(a[i] + k) * lanes(old[q] + k);
+  for (int64_t i = 0; i < kRows; ++i)
+    for (int64_t q = 0; q < kRows; ++q) {
+      out[i][q] = total(sums[i][q]);
+      for (int64_t tail = k; tail < width; ++tail) out[i][q] += a[i][tail] * old[q][tail];
     }
-  for (int64_t i = 0; i < kRows; ++i) {
-    out[i][column] = total(sums[i][0]);
-    out[i][column + 1] = total(sums[i][1]);
-    for (int64_t tail = k; tail < width; ++tail) {
-      out[i][column] += a[i][tail] * first[tail];
-      out[i][column + 1] += a[i][tail] * second[tail];
-    }
-  }
-}
-
-MLLMCL_CLONES void products(const Rows& a, const Rows& old, int64_t width, Products& out) {
-  two_columns(a, old[0], old[1], width, out, 0);
-  two_columns(a, old[2], old[3], width, out, 2);
 }
 
 MLLMCL_CLONES void add_signed(const Products& sign, const Rows& old, int64_t width, int64_t count,
