@@ -29,15 +29,24 @@ MLLMCL_CLONES void products(const Rows& a, const Rows& old, int64_t width, Produ
     }
 }
 
-MLLMCL_CLONES void add_signed(const Products& sign, const Rows& old, int64_t width, int64_t count,
-                              float* __restrict__ grad) {
+// The signs stay in registers; rows that are not real go to `spare`.
+MLLMCL_CLONES void add_signed(const Products& sign, const Rows& old, int64_t width, int64_t count, float* grad,
+                              float* spare) {
+  Lanes signs[kRows][kRows];
+  float* to[kRows];
+  for (int64_t i = 0; i < kRows; ++i) {
+    to[i] = i < count ? grad + i * width : spare;
+    for (int64_t q = 0; q < kRows; ++q) signs[i][q] = sign[i][q] - Lanes{};
+  }
   int64_t k = 0;
-  for (; k + kLanes <= width; k += kLanes)
-    for (int64_t i = 0; i < count; ++i) {
-      Lanes sum = lanes(grad + i * width + k);
-      for (int64_t q = 0; q < kRows; ++q) sum += sign[i][q] * lanes(old[q] + k);
-      lanes(grad + i * width + k) = sum;
+  for (; k + kLanes <= width; k += kLanes) {
+    const Lanes from[kRows] = {lanes(old[0] + k), lanes(old[1] + k), lanes(old[2] + k), lanes(old[3] + k)};
+    for (int64_t i = 0; i < kRows; ++i) {
+      Lanes sum = lanes(to[i] + k);
+      for (int64_t q = 0; q < kRows; ++q) sum += signs[i][q] * from[q];
+      lanes(to[i] + k) = sum;
     }
+  }
   for (; k < width; ++k)
     for (int64_t i = 0; i < count; ++i)
       for (int64_t q = 0; q < kRows; ++q) grad[i * width + k] += sign[i][q] * old[q][k];
@@ -61,7 +70,7 @@ int64_t load_rows(const Tensor& from, int64_t at, std::vector<float>& buffer, Ro
 
 double run_unit(const Unit& unit, const Tensor& lora_a, const Tensor& old) {
   const int64_t width = lora_a.size(1), olds = old.size(0);
-  std::vector<float> a_buffer(kRows * width), old_buffer(kRows * width);
+  std::vector<float> a_buffer(kRows * width), old_buffer(kRows * width), spare(width);
   Rows a, others;
   Products product;
   const int64_t count = load_rows(lora_a, unit.row, a_buffer, a);
@@ -77,7 +86,7 @@ double run_unit(const Unit& unit, const Tensor& lora_a, const Tensor& old) {
         sum += std::fabs(entry);
         entry = static_cast<float>((entry > 0.0f) - (entry < 0.0f));
       }
-    if (unit.grad) add_signed(product, others, width, count, unit.grad);
+    if (unit.grad) add_signed(product, others, width, count, unit.grad, spare.data());
   }
   return sum;
 }

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...checks import expect, expect_device, expect_floating, expect_tensor
+from ...checks import FLOATS, expect, expect_device, expect_floating, expect_tensor
 from ...op import Cost, Op
 from .reference import orthogonality_loss_reference
 from .samples import bad_samples, samples
@@ -66,14 +66,22 @@ orthogonality_loss_op = Op(
 def _check(op: str, lora_a: Sequence[Tensor], previous_a: Sequence[Tensor]) -> None:
     expect(len(lora_a) > 0, op, "lora_a", "at least one tensor", 0)
     expect(len(previous_a) == len(lora_a), op, "previous_a", f"as many as lora_a = {len(lora_a)}", len(previous_a))
-    for index, (new, old) in enumerate(zip(lora_a, previous_a, strict=True)):
-        for name, tensor in ((f"lora_a[{index}]", new), (f"previous_a[{index}]", old)):
-            expect_tensor(op, name, tensor)
-            expect_floating(op, name, tensor)
-            expect_device(op, name, tensor, lora_a[0].device)
-            expect(tensor.dim() == 2, op, name, "a matrix [ranks, d_in]", list(tensor.shape))
-        fits = old.shape[1] == new.shape[1]
-        expect(fits, op, f"previous_a[{index}]", f"[Q, d_in] with d_in = {new.shape[1]}", list(old.shape))
+    device = getattr(lora_a[0], "device", None)
+    for index, pair in enumerate(zip(lora_a, previous_a, strict=True)):
+        # hundreds of layers a call: words are made on failure only
+        if not all(isinstance(one, Tensor) and one.dtype in FLOATS and one.dim() == 2 for one in pair) or not (
+            pair[0].device == pair[1].device == device and pair[0].shape[1] == pair[1].shape[1]
+        ):
+            _refuse(op, index, *pair, device)
+
+
+def _refuse(op: str, index: int, new: object, old: object, device: torch.device) -> None:
+    for name, tensor in ((f"lora_a[{index}]", new), (f"previous_a[{index}]", old)):
+        expect_tensor(op, name, tensor)
+        expect_floating(op, name, tensor)
+        expect_device(op, name, tensor, device)
+        expect(tensor.dim() == 2, op, name, "a matrix [ranks, d_in]", list(tensor.shape))
+    expect(False, op, f"previous_a[{index}]", f"[Q, d_in] with d_in = {new.shape[1]}", list(old.shape))
 
 
 def orthogonality_loss(
