@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 RUNS   := runs/demo
 QUICK  ?=
 ifneq ($(QUICK),)
-QUICK_OPTIONS := --train.max_steps 8 --stream.options '{num_train: 288, num_test: 40}'
+QUICK_OPTIONS := --train.max_steps 8 --stream.options '{num_train: 288, num_test: 32}'
 endif
 
 # a thread that waits for another spins for some microseconds only, then gives its core away to what else is running

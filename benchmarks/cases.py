@@ -9,12 +9,14 @@ from dataclasses import dataclass, replace
 __all__ = [
     "LayerCase",
     "ListCase",
+    "LossCase",
     "MixCase",
     "RouteCase",
     "adamw_cases",
     "anchor_cases",
     "ema_cases",
     "importance_cases",
+    "loss_cases",
     "mix_cases",
     "orthogonality_cases",
     "projection_cases",
@@ -74,6 +76,24 @@ class RouteCase:
 
     def __str__(self) -> str:
         return f"T={self.tokens} d={self.width} E={self.experts} k={self.top_k}, balance and z loss, forward+backward"
+
+
+@dataclass(frozen=True)
+class LossCase:
+    """One call of a loss on a frozen head, forward and backward to hidden.
+
+    loss: "soft targets", "teacher" (all its logits), "cached teacher" (`entries` of them).
+    """
+
+    loss: str
+    tokens: int
+    width: int
+    vocabulary: int
+    entries: int = 0
+
+    def __str__(self) -> str:
+        kept = f" of {self.entries}" if self.entries else ""
+        return f"{self.loss}{kept}, T={self.tokens} d={self.width} V={self.vocabulary}, frozen head, forward+backward"
 
 
 @dataclass(frozen=True)
@@ -157,6 +177,8 @@ ROUTE = {
         RouteCase(tokens, 4096, *choice) for tokens in (4096, 16384) for choice in ((8, 2), (16, 1), (64, 8))
     ),
 }
+# answer tokens of a batch; heads of SmolLM2-135M and of Vicuna-7B
+LOSS = {"cpu": (256, 576, 49152), "cuda": (4096, 4096, 32000)}
 MASKS = ("no mask", "1 of 8 experts active", "half of the entries active")
 
 
@@ -166,6 +188,11 @@ def mix_cases(device: str) -> tuple[MixCase, ...]:
 
 def routed_cases(device: str) -> tuple[MixCase, ...]:
     return ROUTED[device]
+
+
+def loss_cases(device: str) -> tuple[LossCase, ...]:
+    size = LOSS[device]
+    return LossCase("soft targets", *size), LossCase("teacher", *size), LossCase("cached teacher", *size, 64)
 
 
 def route_cases(device: str) -> tuple[RouteCase, ...]:
@@ -239,6 +266,8 @@ def shrink(case):
     if isinstance(case, MixCase):
         small = replace(case, tokens=min(case.tokens, 32), width=64, out=64 if case.width == case.out else 96, rank=4)
         return replace(small, samples=4, compiled=None)
+    if isinstance(case, LossCase):
+        return replace(case, tokens=16, width=32, vocabulary=300)
     if isinstance(case, RouteCase):
         return replace(case, tokens=64, width=32)
     if len(case.shapes) == 1:

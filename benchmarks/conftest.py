@@ -22,6 +22,7 @@ TABLES = {
     "mix_case": cases.mix_cases,
     "routed_case": cases.routed_cases,
     "route_case": cases.route_cases,
+    "loss_case": cases.loss_cases,
     "adamw_case": cases.adamw_cases,
     "ema_case": cases.ema_cases,
     "importance_case": cases.importance_cases,

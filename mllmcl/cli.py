@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Callable
@@ -114,7 +115,7 @@ def _run(arguments: list[str]) -> int:
 
         path = Path(arguments[0])
         if path.is_file() and "sweep" in (yaml.safe_load(path.read_text()) or {}):
-            return run_sweep(path)
+            return run_sweep(path, say=functools.partial(print, flush=True))
     parser = _run_parser()
     config = parser.instantiate_classes(parser.parse_args(_dashes(arguments)))
     settings = RunConfig(**{name: config[name] for name in ("train", "model", "method", "stream", "dry_run")})

@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -122,8 +122,10 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def run_sweep(path: str | Path) -> int:
+def run_sweep(path: str | Path, say: Callable[[str], None]) -> int:
     """Run what is not done yet; a sweep that was cut goes on with the same command.
+
+    `say` is given a line for each run as it starts, and one for each that failed.
 
     Returns:
         0, or 1 where a run failed; the others run all the same.
@@ -140,13 +142,13 @@ def run_sweep(path: str | Path) -> int:
     for place, cell in enumerate(found, start=1):
         result = results / f"{cell.name}.json"
         if _is_done(cell, result):
-            print(f"{place}/{len(found)} {cell.name}: done before", flush=True)
+            say(f"{place}/{len(found)} {cell.name}: done before")
         else:
-            print(f"{place}/{len(found)} {cell.name}", flush=True)
+            say(f"{place}/{len(found)} {cell.name}")
             reason = _run(cell, result)
             if reason is not None:
                 failed[cell.name] = reason
-                print(f"{cell.name} failed: {reason}", file=sys.stderr, flush=True)
+                say(f"{cell.name} failed: {reason}")
                 continue
         done.setdefault(cell.stream, []).append(Path(cell.request["train"]["output_dir"]))
         _compare(cell.stream, done[cell.stream], results)

@@ -3,6 +3,7 @@
 from .library import backends
 from .masks import Mask
 from .ops.anchor_grad import anchor_grad_
+from .ops.distillation_loss import distillation_loss, teacher_top_k
 from .ops.ema_update import ema_update_
 from .ops.importance_update import importance_update_
 from .ops.lora_mix import lora_mix
@@ -23,6 +24,7 @@ __all__ = [
     "SampledEntries",
     "anchor_grad_",
     "backends",
+    "distillation_loss",
     "ema_update_",
     "importance_update_",
     "lora_mix",
@@ -34,4 +36,5 @@ __all__ = [
     "route",
     "sampled_product_l1",
     "soft_target_cross_entropy",
+    "teacher_top_k",
 ]

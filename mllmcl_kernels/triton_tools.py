@@ -25,7 +25,9 @@ from .masks import NONE, OWNER
 __all__ = [
     "CHUNK",
     "EXPERT_IDS",
+    "LOWEST",
     "NO_GATES",
+    "ROW_BLOCK",
     "SOFT_GATES",
     "GroupedProducts",
     "Tile",
@@ -48,6 +50,8 @@ __all__ = [
     "is_wide",
     "keep_tile",
     "laid_out",
+    "lane_softmax",
+    "lane_softmax_step",
     "launch",
     "lives_there",
     "num_processors",
@@ -163,6 +167,28 @@ def rows_and_ranks(T, R, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr):
     rows = (pid // blocks).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     cols = (pid % blocks).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     return rows, cols
+
+
+# -- softmax over a long row ------------------------------------------------------------------------------------------
+
+#: entries of a row that a program reads at once, with eight warps
+ROW_BLOCK = 2048
+#: the maximum of a lane that has seen nothing: finite, so that it can be subtracted
+LOWEST = tl.constexpr(-3.0e38)
+
+
+@triton.jit
+def lane_softmax_step(top, mass, z):
+    """Each lane's maximum and sum of exp(z - maximum), with one more z in every lane; minus infinity adds nothing."""
+    higher = tl.maximum(top, z)
+    return higher, mass * tl.exp(top - higher) + tl.exp(z - higher)
+
+
+@triton.jit
+def lane_softmax(top, mass):
+    """The same of all lanes together."""
+    highest = tl.max(top, 0)
+    return highest, tl.sum(mass * tl.exp(top - highest), 0)
 
 
 # -- tiles ------------------------------------------------------------------------------------------------------------

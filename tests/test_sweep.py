@@ -45,9 +45,9 @@ def config(tmp_path_factory) -> Path:
     return path
 
 
-def test_a_sweep_runs_what_is_missing_and_compares_all(config, capfd):
+def test_a_sweep_runs_what_is_missing_and_compares_all(config):
     root = config.parent
-    assert run_sweep(config) == 0
+    assert run_sweep(config, print) == 0
     results = {path.stem: json.loads(path.read_text()) for path in (root / "results").glob("*.json")}
     assert sorted(results) == ["tasks-lora-seed0", "tasks-replay-seed0"]
     for values in results.values():
@@ -55,22 +55,23 @@ def test_a_sweep_runs_what_is_missing_and_compares_all(config, capfd):
     assert "replay" in (root / "results/report-tasks.html").read_text()
     (root / "results/tasks-replay-seed0.json").unlink()
     kept = (root / "results/tasks-lora-seed0.json").stat().st_mtime_ns
-    capfd.readouterr()
-    assert run_sweep(config) == 0
-    assert "tasks-lora-seed0: done before" in capfd.readouterr().out
+    lines = []
+    assert run_sweep(config, lines.append) == 0
+    assert lines == ["1/2 tasks-lora-seed0: done before", "2/2 tasks-replay-seed0"]
     assert (root / "results/tasks-replay-seed0.json").exists()
     assert (root / "results/tasks-lora-seed0.json").stat().st_mtime_ns == kept
 
 
-def test_a_run_that_fails_does_not_stop_the_others(config, tmp_path, capfd):
+def test_a_run_that_fails_does_not_stop_the_others(config, tmp_path):
     values = yaml.safe_load(config.read_text())
     values["sweep"].update(runs=str(tmp_path / "runs"), results=str(tmp_path / "results"))
     values["sweep"]["streams"] = {str(tmp_path / "nothing"): {}, **values["sweep"]["streams"]}
     values["sweep"]["methods"] = {"lora": {"rank": 2}}
     path = tmp_path / "sweep.yaml"
     path.write_text(yaml.safe_dump(values))
-    assert run_sweep(path) == 1
-    assert "nothing-lora-seed0 failed:" in capfd.readouterr().err
+    lines = []
+    assert run_sweep(path, lines.append) == 1
+    assert any(line.startswith("nothing-lora-seed0 failed:") for line in lines)
     assert [path.name for path in (tmp_path / "results").glob("*.json")] == ["tasks-lora-seed0.json"]
 
 

@@ -10,9 +10,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from mllmcl_kernels import distillation_loss
+
 from .base import LoraMethod
 from .buffers import BatchReplayMethod
-from .losses import topk_distillation
 
 #: samples whose logits are taken together
 BATCH = 32
@@ -63,7 +64,7 @@ class DerPp(BatchReplayMethod, LoraMethod):
         hidden = mllm.answer_hidden(mllm.collate(samples, with_answers=True))
         rows = self._rows(places)
         values, indices = (stored[rows].to(mllm.device, non_blocking=True) for stored in (self.values, self.indices))
-        distilled = topk_distillation(hidden, mllm.head_weight, values, indices, temperature=self.temperature)
+        distilled = distillation_loss(hidden, mllm.head_weight, (values, indices), temperature=self.temperature)
         again, _ = self.draw(self.buffer_batch or len(batch))
         labelled = self.answer_loss(mllm.collate(again, with_answers=True))
         return loss + self.distil * distilled + self.beta * labelled

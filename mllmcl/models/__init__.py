@@ -12,6 +12,9 @@ _WHERE = {
     "ExpertState": ".experts",
     "Selection": ".experts",
     "ComposedModel": ".composed",
+    "Prefixes": ".prefixes",
+    "Steering": ".steering",
+    "SoftPrompts": ".prompts",
 }
 __all__ = sorted(_WHERE)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 import torch
 from torch import Tensor
 
-__all__ = ["IGNORE", "Batch", "Encoded", "pad_rows", "text_positions"]
+__all__ = ["IGNORE", "Batch", "Encoded", "answer_places", "pad_rows", "prompt_mask", "text_positions"]
 
 #: label of a position that is no answer
 IGNORE = -100
@@ -40,7 +40,8 @@ class Batch:
         prompts.
     answer_positions: int64 `[n]`, flat positions in `[B * S]` whose output predicts an answer token.
     answer_labels: int64 `[n]`, the tokens they predict.
-    inputs: further inputs of the model by name (pixels, grids, image features).
+    inputs: further inputs of the model by name (pixels, grids, image features). token_inputs: names of those that have
+        a value for each token, `[B, S]`.
     features: float `[B, d]`, what the expert layers are told of each sample, see `ExpertState.sample_features`.
     image_index: the sample of each image. image_rows: placeholder positions of each image.
     """
@@ -53,6 +54,7 @@ class Batch:
     answer_positions: Tensor | None = None
     answer_labels: Tensor | None = None
     inputs: dict[str, Tensor] = field(default_factory=dict)
+    token_inputs: tuple[str, ...] = ()
     features: Tensor | None = None
     image_index: tuple[int, ...] = ()
     image_rows: tuple[int, ...] = ()
@@ -82,3 +84,30 @@ def pad_rows(rows: Sequence[Sequence[int]], fill: int, left: bool) -> Tensor:
 def text_positions(attention_mask: Tensor) -> Tensor:
     """Positions `[B, S]` that count the attended tokens of a row from 0; a pad repeats its neighbour's or has 0."""
     return (attention_mask.cumsum(1) - 1).clamp(min=0)
+
+
+def prompt_mask(batch: Batch) -> Tensor:
+    """bool `[B, S]`, True at the tokens of the prompt: neither pad nor answer."""
+    mask = batch.attention_mask.bool()
+    return mask if batch.labels is None else mask & (batch.labels == IGNORE)
+
+
+def answer_places(prompts: list[list[int]], answers: list[list[int]], width: int) -> dict[str, Tensor]:
+    """Labels, and where the answer tokens are predicted, of right-padded rows."""
+    labels = pad_rows(
+        [[*[IGNORE] * len(prompt), *answer] for prompt, answer in zip(prompts, answers, strict=True)],
+        IGNORE,
+        left=False,
+    )
+    # the output at a position predicts the next token
+    positions = [
+        row * width + len(prompt) - 1 + step
+        for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
+        for step in range(len(answer))
+    ]
+    tokens = [token for answer in answers for token in answer]
+    return {
+        "labels": labels,
+        "answer_positions": torch.tensor(positions),
+        "answer_labels": torch.tensor(tokens),
+    }

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mllmcl_kernels import Mask
 
 from .experts import SCORES, ExpertLinear, ExpertProjectorLinear, ExpertState
 from .targets import linear_names, match_targets
 
-__all__ = ["experts_added", "experts_grown", "masks_of", "parameters_that_may_train"]
+__all__ = ["experts_added", "experts_grown", "fill", "masks_of", "parameters_that_may_train"]
 
 
 def _each(name: str, value, num: int, kind: type) -> tuple:
@@ -51,7 +51,9 @@ def experts_added(
     _check(num_experts, dropout, router, router_top_k)
     ranks = _each("rank", rank, num_experts, int)
     alphas = _each("alpha", alpha, num_experts, float)
-    names = match_targets(linear_names(mllm.model, mllm.language_path), targets)
+    if targets is None and not projector_experts:
+        raise ValueError("targets: None leaves the experts nothing unless projector_experts is set")
+    names = [] if targets is None else match_targets(linear_names(mllm.model, mllm.language_path), targets)
     projector = []
     if projector_experts:
         projector = [] if mllm.projector_path is None else linear_names(mllm.model, mllm.projector_path)
@@ -95,7 +97,7 @@ def experts_grown(mllm, num: int, rank: int | Sequence[int] | None, alpha) -> No
 
 
 def parameters_that_may_train(mllm) -> dict[str, nn.Parameter]:
-    """Name to parameter of the experts, routers and projector, whether they train now or not."""
+    """Name to parameter of experts, routers, projector and attached modules, whether they train now or not."""
     found = {}
     for path, layer in mllm.expert_layers.items():
         found[f"{path}.lora_a"] = layer.lora_a
@@ -104,7 +106,31 @@ def parameters_that_may_train(mllm) -> dict[str, nn.Parameter]:
     if mllm.projector_path is not None:
         for name, parameter in mllm.model.get_submodule(mllm.projector_path).named_parameters():
             found[f"{mllm.projector_path}.{name}"] = parameter
+    for name, module in mllm.attached.items():
+        found.update(module.named_parameters(prefix=name))
     return found
+
+
+def fill(own: dict[str, nn.Parameter], state: dict[str, Tensor]) -> None:
+    """See `MLLM.load_trainable_state`."""
+    missing = [name for name in own if name not in state]
+    extra = [name for name in state if name not in own]
+    wrong = [
+        f"{name}: expected {list(own[name].shape)}, got {list(state[name].shape)}"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    problems = [("missing", missing), ("left over", extra), ("of another shape", wrong)]
+    told = [
+        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if names[3:] else ''})"
+        for what, names in problems
+        if names
+    ]
+    if told:
+        raise ValueError(f"state does not fit the model: {'; '.join(told)}")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(state[name])
 
 
 def masks_of(mllm) -> dict[str, Mask]:

@@ -15,12 +15,16 @@ from torch import Tensor, nn
 from mllmcl_kernels import Mask
 
 from . import families
-from .batch import IGNORE, Batch, Encoded, pad_rows
-from .expert_setup import experts_added, experts_grown, masks_of, parameters_that_may_train
+from .batch import Batch, Encoded, answer_places, pad_rows, prompt_mask
+from .description import described
+from .expert_setup import experts_added, experts_grown, fill, masks_of, parameters_that_may_train
 from .experts import ExpertLinear, ExpertProjectorLinear, ExpertState, select, with_batch
 from .families.base import first_module
 from .features import FeatureCache, image_key
 from .generation import greedy
+from .prefixes import Prefixes
+from .prompts import SoftPrompts, prompt_rows, prompting
+from .steering import Steering
 
 __all__ = ["MLLM"]
 
@@ -34,7 +38,9 @@ class MLLM:
     Made by `from_pretrained` or `compose`. Attributes: `model` (the module), `processor`, `tokenizer`, `device`,
     `dtype`, `family`, `experts` (an `ExpertState`, None before `add_experts`), `expert_layers` (full name to
     `ExpertLinear`), `projector_layers`, `router` (a callable `samples -> gates` as in `use_experts`, or None),
-    `routes_batches` (the router's answer is one for a whole batch, so `generate` asks it batch by batch).
+    `routes_batches` (the router's answer is one for a whole batch, so `generate` asks it batch by batch), `prompts` (a
+    bank of soft prompts or prefixes, or None), `prompt_router` (a callable `samples -> int64 ids [B, k]`, or
+    None), `attached` (modules of a method by name), `steering` (a `Steering` of its language tower, or None).
     """
 
     def __init__(self, model: nn.Module, processor, tokenizer):
@@ -47,6 +53,10 @@ class MLLM:
         self.projector_layers: dict[str, ExpertProjectorLinear] = {}
         self.router: Callable[[Sequence], Tensor] | None = None
         self.routes_batches = False
+        self.prompts: SoftPrompts | None = None
+        self.prompt_router: Callable[[Sequence], Tensor] | None = None
+        self.attached: dict[str, nn.Module] = {}
+        self.steering: Steering | None = None
         self.features = FeatureCache()
         self._vision_identity: str | None = None
         self._prompt_parts: tuple[str, str] | None = None
@@ -141,25 +151,7 @@ class MLLM:
 
     def describe(self) -> str:
         """Trainable parameters, the layers with experts and the experts, as text."""
-        parameters = list(self.model.named_parameters())
-        total = sum(value.numel() for _, value in parameters)
-        trains = [(name, value) for name, value in parameters if value.requires_grad]
-        count = sum(value.numel() for _, value in trains)
-        lines = [
-            f"{type(self.model).__name__}, family {self.family.name}: {count:,} of {total:,} parameters train "
-            f"({100 * count / total:.2f} %), in {len(trains)} tensors"
-        ]
-        if self.experts is not None:
-            state = self.experts
-            lines.append(
-                f"experts: {state.num_experts}, ranks {state.ranks}, scaling {state.scaling}, "
-                f"trainable {state.trainable}, dropout {state.dropout}, router {state.router}, "
-                f"top-k {state.router_top_k}"
-            )
-            lines.append(f"expert layers ({len(self.expert_layers)}):")
-            lines += [f"  {path}" for path in self.expert_layers]
-            lines += [f"  {path} (a copy for each expert)" for path in self.projector_layers]
-        return "\n".join(lines)
+        return described(self)
 
     def _refuse_unknown_heads(self) -> None:
         config = getattr(self.model.config, "text_config", self.model.config)
@@ -174,7 +166,7 @@ class MLLM:
         num_experts: int,
         rank: int | Sequence[int],
         alpha: float | Sequence[float],
-        targets: str | Sequence[str] = "all-linear",
+        targets: str | Sequence[str] | None = "all-linear",
         dropout: float = 0.05,
         router: str | None = None,
         router_top_k: int | None = None,
@@ -185,7 +177,8 @@ class MLLM:
         Args:
             num_experts: how many; all start trainable.
             rank, alpha: one value, or one for each expert. scaling = alpha / rank.
-            targets: "all-linear" for the seven kinds of a decoder layer, or see `targets.match_targets`.
+            targets: "all-linear" for the seven kinds of a decoder layer, or see `targets.match_targets`. None: no LoRA,
+                an expert is a copy of the projector, and rank and alpha say nothing.
             dropout: on the input of the LoRA path, in training mode.
             router: None, or "softmax", "sigmoid" or "cosine" for a learned in-layer router.
             router_top_k: experts kept for each token; None keeps all.
@@ -312,7 +305,7 @@ class MLLM:
         return masks_of(self)
 
     def trainable_state(self) -> dict[str, Tensor]:
-        """Name to data of everything that may train: experts, routers, projector. Not copied: clone to keep."""
+        """Name to data of all that may train: experts, routers, projector, attached modules. Clone to keep."""
         return {name: value.detach() for name, value in parameters_that_may_train(self).items()}
 
     def load_trainable_state(self, state: dict[str, Tensor]) -> None:
@@ -321,25 +314,65 @@ class MLLM:
         Raises:
             ValueError: names missing, names left over, or shapes that differ, with the first of them.
         """
-        own = parameters_that_may_train(self)
-        missing = [name for name in own if name not in state]
-        extra = [name for name in state if name not in own]
-        wrong = [
-            f"{name}: expected {list(own[name].shape)}, got {list(state[name].shape)}"
-            for name in own
-            if name in state and state[name].shape != own[name].shape
-        ]
-        problems = [("missing", missing), ("left over", extra), ("of another shape", wrong)]
-        told = [
-            f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if names[3:] else ''})"
-            for what, names in problems
-            if names
-        ]
-        if told:
-            raise ValueError(f"state does not fit the model: {'; '.join(told)}")
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(state[name])
+        fill(parameters_that_may_train(self), state)
+
+    # -- what is no expert
+
+    def attach(self, name: str, module: nn.Module) -> nn.Module:
+        """Make a method's own module part of the model, where its parameters train, are saved and are restored.
+
+        Returns:
+            The module, on the model's device.
+
+        Raises:
+            ValueError: the model has something of that name.
+        """
+        if hasattr(self.model, name):
+            raise ValueError(f"name: {type(self.model).__name__} has {name!r} already")
+        setattr(self.model, name, module.to(self.device))
+        self.attached[name] = module
+        return module
+
+    def add_prompts(self, num_prompts: int, length: int) -> MLLM:
+        """A bank of soft prompts, each of `length` trained tokens; `use_prompts` puts them in."""
+        table = self.model.get_input_embeddings().weight
+        self.prompts = self.attach("soft_prompts", SoftPrompts(num_prompts, length, table))
+        return self
+
+    def add_prefixes(
+        self,
+        num_prefixes: int,
+        length: int,
+        layers: Sequence[int],
+        shared_length: int = 1,
+        shared_layers: Sequence[int] = (),
+    ) -> MLLM:
+        """A bank of prefixes, trained keys and values for some decoder layers; `use_prompts` puts them in.
+
+        Args:
+            num_prefixes, length, layers: prefixes of the bank, their length, the numbers of the layers that have them.
+            shared_length, shared_layers: of one more prefix that all samples have.
+        """
+        tower = self.model.get_submodule(self.language_path)
+        bank = Prefixes(tower, num_prefixes, length, layers, shared_length, shared_layers)
+        self.prompts = self.attach("prefixes", bank)
+        return self
+
+    @contextlib.contextmanager
+    def use_prompts(self, ids) -> Iterator[MLLM]:
+        """Within the context each sample has these soft prompts behind its start token, or these prefixes.
+
+        Args:
+            ids: int64 `[B, k]`, the last of a row nearest to the text, or `[B]`; -1 = none, and one batch may mix.
+                None: no sample has any.
+        """
+        if self.prompts is None:
+            if ids is not None:
+                raise ValueError("prompts: there are none, call add_prompts or add_prefixes first")
+            yield self
+            return
+        with self.prompts.using(ids):
+            yield self
 
     def enable_checkpointing(self) -> MLLM:
         """Recompute decoder layers in the backward pass, with the experts of the forward pass."""
@@ -353,10 +386,11 @@ class MLLM:
         return self
 
     def _recompute_contexts(self):
-        # asked for in the forward pass; the backward pass may run after use_experts has ended
-        if self.experts is None:
-            return contextlib.nullcontext(), contextlib.nullcontext()
-        return self.experts.recompute_contexts()
+        # asked for in the forward pass; the backward pass may run after use_experts and use_prompts have ended
+        contexts = [] if self.experts is None else [self.experts.recompute_contexts()[1]]
+        if self.prompts is not None:
+            contexts.append(self.prompts.using(self.prompts.ids))
+        return contextlib.nullcontext(), _entering_all(contexts)
 
     # -- batches
 
@@ -410,9 +444,10 @@ class MLLM:
             position_ids=positions,
             inputs=inputs,
             features=features,
+            token_inputs=tuple(extras),
             image_index=tuple(index for index, count in enumerate(counts) if count),
             image_rows=tuple(count for count in counts if count),
-            **({} if left else _labels(encoded.ids, answers, input_ids.shape[1])),
+            **({} if left else answer_places(encoded.ids, answers, input_ids.shape[1])),
         )
         return batch.to(self.device)
 
@@ -458,10 +493,9 @@ class MLLM:
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """Output of the language tower before its head, `[B, S, D]`."""
-        with self._in_batch(batch):
-            return self._forward(
-                batch.input_ids, batch.attention_mask, batch.position_ids, batch.inputs
-            ).last_hidden_state
+        with prompting(self, batch) as (batch, original), self._in_batch(batch):
+            output = self._forward(batch.input_ids, batch.attention_mask, batch.position_ids, batch.inputs)
+            return original(output.last_hidden_state)
 
     def answer_hidden(self, batch: Batch) -> Tensor:
         """Hidden states `[n, D]` that predict the answer tokens, for losses that hold the head themselves."""
@@ -507,23 +541,19 @@ class MLLM:
                 total += self.loss(self._padded((), encoded, [row[1:] for row in part])) * len(part)
         return float(torch.exp(total / len(rows)))
 
-    def _in_batch(self, batch: Batch, memory: dict[str, Tensor] | None = None) -> contextlib.AbstractContextManager:
+    @contextlib.contextmanager
+    def _in_batch(self, batch: Batch, memory: dict[str, Tensor] | None = None) -> Iterator[None]:
+        """What forward passes over a batch have to know of it."""
         state = self.experts
-        if state is None:
-            return contextlib.nullcontext()
-        mask = batch.attention_mask.bool()
-        prompt = mask if batch.labels is None else mask & (batch.labels == IGNORE)
-        return state.using(
-            with_batch(
-                state.selection,
-                mask if state.collect else None,
-                batch.image_index,
-                batch.image_rows,
-                prompt_mask=prompt,
-                features=batch.features,
-                memory=memory,
-            )
-        )
+        with contextlib.ExitStack() as stack:
+            if self.steering is not None:
+                stack.enter_context(self.steering.on(batch))
+            if state is not None:
+                token_mask = batch.attention_mask.bool() if state.collect else None
+                facts = {"prompt_mask": prompt_mask(batch), "features": batch.features, "memory": memory}
+                selection = with_batch(state.selection, token_mask, batch.image_index, batch.image_rows, **facts)
+                stack.enter_context(state.using(selection))
+            yield
 
     def _forward(self, input_ids, attention_mask, position_ids, inputs, past_key_values=None, use_cache=False):
         return self.trunk(
@@ -538,14 +568,16 @@ class MLLM:
     # -- answers
 
     def generate(
-        self, samples: Sequence, experts="route", *, max_new_tokens: int = 16, batch_size: int = 32
+        self, samples: Sequence, experts="route", *, prompts="route", max_new_tokens: int = 16, batch_size: int = 32
     ) -> list[str]:
-        """Greedy answers, batched; one batch may mix experts.
+        """Greedy answers, batched; one batch may mix experts and soft prompts.
 
         Args:
             experts: "route" (`self.router` where it is set, else the in-layer router or every expert), "current" (what
                 an enclosing `use_experts` says), or gates as in `use_experts`; ids and `[n, E]` floats are one row a
                 sample.
+            prompts: "route" (`self.prompt_router`, asked for each batch that is decoded; none without it), or ids as in
+                `use_prompts`, one row a sample.
             max_new_tokens: at most so many tokens for each answer, the end token included.
             batch_size: samples decoded together; prompts of like length share a batch.
 
@@ -560,11 +592,13 @@ class MLLM:
         self.eval()
         try:
             gates = self._resolve(samples, experts)
+            soft = prompt_rows(prompts, len(samples))
             answers = [""] * len(samples)
             order = sorted(range(len(samples)), key=lambda at: len(samples[at].question))
             for start in range(0, len(order), batch_size):
                 at = order[start : start + batch_size]
-                texts = self._answer([samples[i] for i in at], _rows(gates, at, len(samples)), max_new_tokens)
+                ids = soft[at] if isinstance(soft, Tensor) else soft
+                texts = self._answer([samples[i] for i in at], _rows(gates, at, len(samples)), ids, max_new_tokens)
                 for index, text in zip(at, texts, strict=True):
                     answers[index] = text
             return answers
@@ -587,10 +621,12 @@ class MLLM:
             raise ValueError(f"experts: expected one row for each of {len(samples)} samples, got {gates.shape[0]}")
         return gates
 
-    def _answer(self, samples: Sequence, gates, max_new_tokens: int) -> list[str]:
+    def _answer(self, samples: Sequence, gates, prompts, max_new_tokens: int) -> list[str]:
         batch = self.collate(samples, with_answers=False)
         if isinstance(gates, str) and gates == "route":
             gates = self.router(samples)
+        if isinstance(prompts, str):
+            prompts = None if self.prompt_router is None else self.prompt_router(samples)
         current = isinstance(gates, str) and gates == "current"
 
         def forward(input_ids, mask, positions, inputs, cache):
@@ -599,6 +635,8 @@ class MLLM:
         with (
             torch.inference_mode(),
             contextlib.nullcontext() if current else self.use_experts(gates),
+            self.use_prompts(prompts),
+            prompting(self, batch) as (batch, _),
             self._in_batch(batch, memory={}),
         ):
             tokens = greedy(
@@ -621,29 +659,16 @@ class MLLM:
         return torch.tensor(sorted(ids - {None}), device=self.device)
 
 
+@contextlib.contextmanager
+def _entering_all(contexts: Sequence[contextlib.AbstractContextManager]) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield
+
+
 def _rows(gates, at: list[int], num_samples: int):
     """The rows of `gates` for the samples `at`; constant gates as they are."""
     if not isinstance(gates, Tensor) or (gates.is_floating_point() and gates.dim() == 1):
         return gates
     return gates[at]
-
-
-def _labels(prompts: list[list[int]], answers: list[list[int]], width: int) -> dict[str, Tensor]:
-    """Labels, and where the answer tokens are predicted, of right-padded rows."""
-    labels = pad_rows(
-        [[*[IGNORE] * len(prompt), *answer] for prompt, answer in zip(prompts, answers, strict=True)],
-        IGNORE,
-        left=False,
-    )
-    # the output at a position predicts the next token
-    positions = [
-        row * width + len(prompt) - 1 + step
-        for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
-        for step in range(len(answer))
-    ]
-    tokens = [token for answer in answers for token in answer]
-    return {
-        "labels": labels,
-        "answer_positions": torch.tensor(positions),
-        "answer_labels": torch.tensor(tokens),
-    }

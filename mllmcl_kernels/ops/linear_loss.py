@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..checks import expect, expect_floating, expect_shape, expect_tensor
+from ..library import debug_checks
 from ..op import Cost, Op
 from .lora_mix import in_one_dtype
 
@@ -28,9 +29,11 @@ __all__ = [
     "check_labels",
     "check_options",
     "fake_linear_loss",
+    "is_integer",
     "linear_loss",
     "linear_loss_backward",
     "linear_loss_cost",
+    "may_look",
     "reduced",
     "setup_context",
     "wide_dtype",
@@ -67,6 +70,11 @@ def is_compacted(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
+def may_look(device: torch.device) -> bool:
+    """Whether labels and indices are looked at before they are used: where that takes no wait, or it was asked for."""
+    return device.type == "cpu" or debug_checks()
+
+
 def linear_loss(
     rows: Callable[..., Tensor],
     hidden: Tensor,
@@ -85,7 +93,8 @@ def linear_loss(
             factor times the gradient of the losses over the logits, else anything.
         counted: bool `[T]`, which tokens count; None for all. The others have loss and gradients zero, whatever their
             hidden holds.
-        factor: `[T]` in the wide dtype, weights of the losses in total; NaN for a token without a valid target.
+        factor: `[T]` in the wide dtype, weights of the losses in total, never 0 where a token counts; NaN for a token
+            without a valid target.
         given: tensors with a row for each token, for `rows`.
     """
     tokens, (vocabulary, width) = hidden.shape[0], head_weight.shape
@@ -222,11 +231,14 @@ def check_head(op: str, hidden, head_weight, head_bias) -> None:
         expect_shape(op, "head_bias", head_bias, "[V]", (head_weight.shape[0],))
 
 
+def is_integer(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+
+
 def check_labels(op: str, hidden: Tensor, labels) -> Tensor:
     """The labels as int64 `[T]`."""
     expect_tensor(op, "labels", labels)
-    integer = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
-    expect(integer, op, "labels", "of an integer dtype", labels.dtype, TypeError)
+    expect(is_integer(labels), op, "labels", "of an integer dtype", labels.dtype, TypeError)
     expect(labels.device == hidden.device, op, "labels", f"on {hidden.device} like hidden", labels.device)
     expect_shape(op, "labels", labels, "[...] of hidden [..., d]", hidden.shape[:-1])
     return labels.reshape(-1).to(torch.int64)

@@ -60,6 +60,15 @@ def items(stream, count=4):
     return [sample for task in stream.tasks for sample in task.test[:count]]
 
 
+@torch.no_grad()
+def routed_logits(mllm, samples) -> torch.Tensor:
+    """Logits of the answers, with the experts and soft prompts that the routers choose."""
+    gates = None if mllm.router is None else mllm.router(samples)
+    prompts = None if mllm.prompt_router is None else mllm.prompt_router(samples)
+    with mllm.use_experts(gates), mllm.use_prompts(prompts):
+        return mllm.answer_logits(mllm.collate(samples, with_answers=True))
+
+
 @pytest.mark.parametrize(("name", "options"), EVERY, ids=str)
 def test_a_mixed_batch_gives_each_sample_what_it_gets_alone(name, options, stream):
     mllm, _ = learned(name, stream, **options)
@@ -69,14 +78,8 @@ def test_a_mixed_batch_gives_each_sample_what_it_gets_alone(name, options, strea
     ids = None if mllm.router is None else mllm.router(samples)
     if ids is not None:
         assert mllm.generate(samples, experts=ids, max_new_tokens=4) == together
-    batch = mllm.collate(samples, with_answers=True)
-    with torch.no_grad(), mllm.use_experts(ids):
-        mixed = mllm.answer_logits(batch)
-    single = []
-    for place, sample in enumerate(samples):
-        with torch.no_grad(), mllm.use_experts(None if ids is None else ids[place : place + 1]):
-            single.append(mllm.answer_logits(mllm.collate([sample], with_answers=True)))
-    torch.testing.assert_close(mixed, torch.cat(single), rtol=1e-4, atol=1e-4)
+    single = torch.cat([routed_logits(mllm, [sample]) for sample in samples])
+    torch.testing.assert_close(routed_logits(mllm, samples), single, rtol=1e-4, atol=1e-4)
 
 
 def test_prototypes_route_separated_tasks_and_nothing_before_the_first(stream):
@@ -142,12 +145,9 @@ def test_what_is_stored_brings_a_fresh_model_to_the_same_logits(name, options, s
     assert again["values"] == held["values"] and again["method"].keys() == held["method"].keys()
     assert all(torch.equal(value, held["method"][name]) for name, value in again["method"].items())
     samples = items(stream)
-    batches = [model.collate(samples, with_answers=True) for model in (mllm, other)]
-    routes = None if mllm.router is None else mllm.router(samples)
-    if routes is not None:
-        assert torch.equal(routes, other.router(samples))
-    with torch.no_grad(), mllm.use_experts(routes), other.use_experts(routes):
-        assert torch.equal(mllm.answer_logits(batches[0]), other.answer_logits(batches[1]))
+    if mllm.router is not None:
+        assert torch.equal(mllm.router(samples), other.router(samples))
+    assert torch.equal(routed_logits(mllm, samples), routed_logits(other, samples))
 
 
 @pytest.mark.parametrize(("name", "options"), EVERY, ids=str)

@@ -26,6 +26,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from mllmcl_kernels import triton_tools  # noqa: E402
 from mllmcl_kernels.masks import ELEMENTS, NONE  # noqa: E402
 from mllmcl_kernels.ops.anchor_grad import triton as anchor_grad  # noqa: E402
+from mllmcl_kernels.ops.distillation_loss import triton as distillation_loss  # noqa: E402
 from mllmcl_kernels.ops.ema_update import triton as ema_update  # noqa: E402
 from mllmcl_kernels.ops.ema_update.reference import CONSTANT, DEMA, PEMA  # noqa: E402
 from mllmcl_kernels.ops.importance_update import triton as importance_update  # noqa: E402
@@ -37,6 +38,7 @@ from mllmcl_kernels.ops.orthogonality_loss import triton as orthogonality_loss  
 from mllmcl_kernels.ops.project_grads import triton as project_grads  # noqa: E402
 from mllmcl_kernels.ops.route import triton as route  # noqa: E402
 from mllmcl_kernels.ops.sampled_product_l1 import triton as sampled_product_l1  # noqa: E402
+from mllmcl_kernels.ops.soft_target_cross_entropy import triton as soft_target  # noqa: E402
 
 ARCHITECTURES = {80: 163 * 1024, 90: 227 * 1024}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -128,6 +130,18 @@ def route_calls(dtype: torch.dtype, tokens: int, experts: int, top_k: int, score
     route.logits_gradient_triton(*saved, score, 1.0, True, False, low=x[:, :experts])
 
 
+def loss_calls(dtype: torch.dtype, vocabulary: int, entries: int, tokens: int = 2048, width: int = 4096) -> None:
+    """Losses on a linear head, with and without gradients; teachers of all logits and of a few entries."""
+    head = (empty(tokens, width, dtype=dtype), empty(vocabulary, width, dtype=dtype), None, None)
+    labels, full = empty(tokens, dtype=torch.int64), empty(tokens, vocabulary, dtype=dtype)
+    cached = empty(tokens, entries, dtype=torch.float32), empty(tokens, entries, dtype=torch.int64)
+    for needs in ([True, False, False], [False] * 3):
+        for alpha in (0.0, 0.01):
+            soft_target.soft_target_cross_entropy_triton(*head, labels, alpha, -100, None, needs)
+        for teacher, indices in ((full, None), cached):
+            distillation_loss.distillation_loss_triton(*head, teacher, indices, None, 2.0, None, needs)
+
+
 def optimizer_calls(dtype: torch.dtype) -> None:
     params, moments, mask = [empty(64, 64, dtype=dtype)], [empty(64, 64, dtype=torch.float32)], torch.uint8
     masks, number = [empty(64, dtype=mask)], torch.tensor(1.0, dtype=torch.float64)
@@ -186,6 +200,8 @@ def launches(dtype: torch.dtype, architecture: int) -> list[Launch]:
         grouped_calls(dtype, rank=128)
         route_calls(dtype, 8192, 8, 2, "softmax")
         route_calls(dtype, 8192, 64, 8, "cosine")
+        loss_calls(dtype, 32000, 64)
+        loss_calls(dtype, 50257, 5)
         if dtype != torch.float16:
             # kernels without a product in x's dtype
             route_calls(dtype, 8192, 512, 8, "sigmoid")

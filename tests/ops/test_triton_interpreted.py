@@ -243,12 +243,14 @@ def disturb(tensor: object, rows: int, row: int) -> object:
 
 # outputs with a row for every token
 ROW_OUTPUTS = {
+    "distillation_loss": (1, 2),
     "lora_mix": (0, 1),
     "lora_mix_backward": (0,),
     "lora_mix_routed": (0, 1, 2, 3, 4, 5, 6),
     "lora_mix_routed_backward": (0,),
     "route": (0, 1, 2, 3, 4),
     "route_backward": (0,),
+    "soft_target_cross_entropy": (1, 2),
 }
 
 
@@ -269,9 +271,12 @@ def test_rows_are_independent(op: Op, index: int):
     row = rows // 2
     names = op.argument_names
     shared = {"weight", "bias", "lora_a", "lora_b", "router_weight", "router_bias", "seed"}
+    # nor what would be refused
+    shared |= {"head_weight", "head_bias", "labels", "teacher", "indices", "counted"}
     changed = [arg if name in shared else disturb(arg, rows, row) for name, arg in zip(names, args, strict=True)]
     before, after = op(*args, backend="triton"), op(*changed, backend="triton")
-    for place in ROW_OUTPUTS[op.name]:
+    # an output that was not asked for has no rows
+    for place in (place for place in ROW_OUTPUTS[op.name] if len(before[place]) == rows):
         old, new = before[place][row], after[place][row]
         assert torch.equal(old, new), place
 
@@ -305,6 +310,40 @@ def test_contraction_split_over_programs(gates, dtype):
     check(REGISTRY["lora_mix"], args)
     soft = gates is not None and gates.is_floating_point()
     check(REGISTRY["lora_mix_backward"], backward_args(args, [True, True, True, True, True, soft]))
+
+
+LINEAR_LOSSES = ("soft_target_cross_entropy", "distillation_loss")
+
+
+@inside
+@pytest.mark.parametrize("name", LINEAR_LOSSES)
+def test_tokens_that_do_not_count_stay_in_the_chunk(name: str, monkeypatch):
+    """As on a GPU, where nobody looks which tokens count: zero loss and gradient inside of the kernel."""
+    from mllmcl_kernels.ops import linear_loss
+
+    monkeypatch.setattr(linear_loss, "is_compacted", lambda device: False)
+    op = REGISTRY[name]
+    for sample in op.samples(CPU, torch.float32, 12):
+        check(op, sample.args)
+
+
+@inside
+def test_targets_that_are_none_on_a_device(monkeypatch):
+    """NaN for their token and not for its neighbours."""
+    from . import test_linear_losses
+
+    test_linear_losses.test_targets_that_are_none_on_a_device("triton", False, monkeypatch)
+
+
+@inside
+@pytest.mark.parametrize("soft", [0.0, 0.1])
+def test_rows_longer_than_a_block(soft: float):
+    """A vocabulary of two blocks and a bit, the label in each of them."""
+    generator = torch.Generator().manual_seed(7)
+    hidden, head = torch.randn(3, 6, generator=generator), torch.randn(2 * 4096 + 5, 6, generator=generator)
+    labels, teacher = torch.tensor([17, 5000, 8196]), torch.randn(3, len(head), generator=generator)
+    check(REGISTRY["soft_target_cross_entropy"], (hidden, head, None, None, labels, soft, -100, None, [True] * 3))
+    check(REGISTRY["distillation_loss"], (hidden, head, None, None, teacher, None, None, 2.0, None, [True] * 3))
 
 
 @inside

@@ -11,8 +11,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from ...library import debug_checks
-from ..linear_loss import wide_logits
+from ..linear_loss import may_look, wide_logits
 
 __all__ = ["soft_target_cross_entropy_reference", "token_factors"]
 
@@ -20,19 +19,21 @@ __all__ = ["soft_target_cross_entropy_reference", "token_factors"]
 def token_factors(
     labels: Tensor, weights: Tensor | None, ignore_index: int, vocabulary: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Which tokens count; the factor of each, NaN for a label out of range; the labels with 0 where they are none.
+    """Which tokens count, those of weight 0 do not; the factor of each; the labels with 0 where they are none.
 
-    A label out of range is an error that names the first on the CPU, and with MLLMCL_DEBUG=1 everywhere.
+    The factor is NaN for a label out of range. On the CPU, and with MLLMCL_DEBUG=1 everywhere, that is an error which
+    names the first.
     """
     counted = labels != ignore_index
     wrong = counted & ((labels < 0) | (labels >= vocabulary))
-    if (labels.device.type == "cpu" or debug_checks()) and bool(wrong.any()):
+    if may_look(labels.device) and bool(wrong.any()):
         where = int(wrong.to(torch.uint8).argmax())
         raise ValueError(
             f"soft_target_cross_entropy: labels must be in 0..{vocabulary - 1} or ignore_index = {ignore_index}, "
             f"got {int(labels[where])} at position {where}"
         )
     factor = torch.ones(labels.shape, dtype=dtype, device=labels.device) if weights is None else weights.to(dtype)
+    counted = counted & (factor != 0)
     return counted, torch.where(wrong, float("nan"), factor), torch.where(counted & ~wrong, labels, 0)
 
 
@@ -50,7 +51,7 @@ def soft_target_cross_entropy_reference(
     """total = sum of weights * losses, losses [T], and the gradients of total that `needs` asks for.
 
     p = softmax(hidden W^T + b);  q = 1 - alpha on the label, alpha / (V - 1) elsewhere
-    loss = - sum over v of q log p, 0 where the label is ignored;  dlogits = weight * (p - q)
+    loss = - sum over v of q log p, 0 where the label is ignored or the weight is 0;  dlogits = weight * (p - q)
     dhidden = dlogits W;  dW = dlogits^T hidden;  db = sum over tokens of dlogits
     """
     logits = wide_logits(hidden, head_weight, head_bias)
@@ -59,7 +60,7 @@ def soft_target_cross_entropy_reference(
     target = torch.full_like(logits, alpha / (vocabulary - 1)).scatter(1, safe[:, None], 1.0 - alpha)
     log_p = torch.log_softmax(logits, -1)
     # nothing is nothing where log p is minus infinity
-    losses = -torch.where(target > 0, target * log_p, torch.zeros_like(log_p)).sum(-1)
+    losses = -torch.where(target == 0, torch.zeros_like(log_p), target * log_p).sum(-1)
     losses = torch.where(counted, losses, 0.0).masked_fill(counted & factor.isnan(), float("nan"))
     total = (losses * torch.where(counted, factor, 0.0)).sum()
     dlogits = torch.where(counted[:, None], (log_p.exp() - target) * factor[:, None], 0.0).to(hidden.dtype)

@@ -18,7 +18,7 @@ CASES = (
     ("everything ignored", 6, 8, 10, 0.1, True, False, 1, 2, True),
     ("one token", 1, 16, 64, 0.05, True, False, 0, None, True),
     ("no token", 0, 16, 12, 0.1, True, False, 0, None, True),
-    ("wide vocabulary", 5, 24, 4099, 0.01, True, False, 0, 2, True),
+    ("wide vocabulary", 5, 24, 4099, 0.01, True, False, 0, None, True),
     ("frozen head", 21, 16, 50, 0.1, True, False, 3, 8, (True, False, False)),
     ("rows of NaN", 6, 8, 12, 0.1, True, False, 3, 2, True),
 )
