@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 __all__ = [
+    "LayerCase",
     "ListCase",
     "LossCase",
     "MixCase",
@@ -17,8 +18,11 @@ __all__ = [
     "importance_cases",
     "loss_cases",
     "mix_cases",
+    "orthogonality_cases",
+    "projection_cases",
     "route_cases",
     "routed_cases",
+    "sampled_cases",
 ]
 
 DEFAULT = "default"
@@ -113,6 +117,23 @@ class ListCase:
         return ", ".join(part for part in parts if part)
 
 
+@dataclass(frozen=True)
+class LayerCase:
+    """One call over adapters of rank `rank` of every linear K -> N in `linears`; 0 is the whole weight's gradient.
+
+    number: of what `unit` says, in each layer.
+    """
+
+    linears: tuple[tuple[int, int], ...]
+    rank: int
+    number: int
+    unit: str
+
+    def __str__(self) -> str:
+        what = f"r={self.rank}" if self.rank else "whole weights"
+        return f"{len(self.linears)} linears of up to {max(map(max, self.linears))}, {what}, {self.number} {self.unit}"
+
+
 MIX = {
     "cpu": (
         MixCase(512, 2048, 2048, 8, 16, compiled=DEFAULT),
@@ -178,6 +199,10 @@ def route_cases(device: str) -> tuple[RouteCase, ...]:
     return ROUTE[device]
 
 
+#: q, k, v, o, gate, up, down of SmolLM2-135M, which has 30 such layers
+SMALL_LAYER = ((576, 576), (576, 192), (576, 192), (576, 576), (576, 1536), (576, 1536), (1536, 576))
+
+
 def _lora_shapes(layers: int, linears: tuple[tuple[int, int], ...], total: int) -> tuple[tuple[int, int], ...]:
     """lora_a `[R, K]` and lora_b `[N, R]` of every linear K -> N of every layer."""
     return tuple(shape for width, out in linears for shape in ((total, width), (out, total))) * layers
@@ -188,10 +213,7 @@ def _lists(device: str, works: tuple[tuple[str, str], ...], one: str | None = No
     if device == "cuda":
         experts, rank, shapes = 8, 16, _lora_shapes(32, ((4096, 4096),) * 7, 128)
     else:
-        # SmolLM2-135M: 30 layers of q, k, v, o, gate, up, down
-        experts, rank = 8, 8
-        square, narrow = (576, 576), (576, 192)
-        shapes = _lora_shapes(30, (square, narrow, narrow, square, (576, 1536), (576, 1536), (1536, 576)), 64)
+        experts, rank, shapes = 8, 8, _lora_shapes(30, SMALL_LAYER, 64)
     dims = tuple(place % 2 for place in range(len(shapes)))
     every = [ListCase("LoRA experts", work, mask, shapes, dims, experts, rank) for work, mask in works]
     if one is not None:
@@ -218,8 +240,29 @@ def anchor_cases(device: str) -> tuple[ListCase, ...]:
     return _lists(device, (("", MASKS[0]), ("", MASKS[1]), ("bfloat16 importances", MASKS[0])))
 
 
+def _layers(device: str, unit: str, choices: dict[str, tuple[tuple[int, int], ...]]) -> tuple[LayerCase, ...]:
+    """Every linear of a language model for each (rank, number); of a whole weight one layer."""
+    layer, count = (((4096, 4096),) * 7, 32) if device == "cuda" else (SMALL_LAYER, 30)
+    return tuple(LayerCase(layer * (count if rank else 1), rank, number, unit) for rank, number in choices[device])
+
+
+def orthogonality_cases(device: str) -> tuple[LayerCase, ...]:
+    return _layers(device, "old ranks", {"cpu": ((8, 8), (8, 56), (16, 112)), "cuda": ((8, 56), (16, 112), (64, 448))})
+
+
+def projection_cases(device: str) -> tuple[LayerCase, ...]:
+    choices = {"cpu": ((8, 64), (64, 64), (0, 64)), "cuda": ((16, 256), (128, 256), (0, 256))}
+    return _layers(device, "directions", choices)
+
+
+def sampled_cases(device: str) -> tuple[LayerCase, ...]:
+    return _layers(device, "per mille of the entries", {"cpu": ((8, 20), (64, 20)), "cuda": ((16, 20), (128, 20))})
+
+
 def shrink(case):
     """The same case at a size that takes no time."""
+    if isinstance(case, LayerCase):
+        return replace(case, linears=((64, 96), (96, 64)) * 2, rank=min(case.rank, 4), number=min(case.number, 24))
     if isinstance(case, MixCase):
         small = replace(case, tokens=min(case.tokens, 32), width=64, out=64 if case.width == case.out else 96, rank=4)
         return replace(small, samples=4, compiled=None)

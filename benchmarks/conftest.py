@@ -27,6 +27,9 @@ TABLES = {
     "ema_case": cases.ema_cases,
     "importance_case": cases.importance_cases,
     "anchor_case": cases.anchor_cases,
+    "orthogonality_case": cases.orthogonality_cases,
+    "projection_case": cases.projection_cases,
+    "sampled_case": cases.sampled_cases,
 }
 PACKAGES = ("torch", "triton", "peft", "numpy")
 BEGAN = time.monotonic()

@@ -13,7 +13,7 @@ from .ops.masked_adamw import masked_adamw_
 from .ops.orthogonality_loss import orthogonality_loss
 from .ops.project_grads import project_grads_
 from .ops.route import Routing, route
-from .ops.sampled_product_l1 import sampled_product_l1
+from .ops.sampled_product_l1 import SampledEntries, sampled_product_l1
 from .ops.soft_target_cross_entropy import soft_target_cross_entropy
 from .optim import MaskedAdamW
 
@@ -21,6 +21,7 @@ __all__ = [
     "Mask",
     "MaskedAdamW",
     "Routing",
+    "SampledEntries",
     "anchor_grad_",
     "backends",
     "distillation_loss",

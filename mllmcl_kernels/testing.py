@@ -89,15 +89,19 @@ def outputs_of(op: Op, args: Sequence, run: Callable) -> list[Tensor]:
     return outputs
 
 
-def differentiable(op: Op, sample: Sample) -> tuple[list[int], list]:
-    """Positions of the floating tensor arguments and the arguments with gradients switched on there."""
+def differentiable(op: Op, sample: Sample) -> tuple[list[Tensor], list]:
+    """The floating tensors that get a gradient, those of lists one by one, and the arguments that hold them."""
     args = list(map_tensors(sample.args, lambda tensor: tensor.detach().clone()))
-    varies = [isinstance(arg, Tensor) and arg.is_floating_point() for arg in args]
-    names = op.argument_names
-    places = [place for place in range(len(args)) if varies[place] and names[place] not in op.constants]
-    for place in places:
-        args[place].requires_grad_()
-    return places, args
+    leaves: list[Tensor] = []
+
+    def mark(tensor: Tensor) -> None:
+        if tensor.is_floating_point():
+            leaves.append(tensor.requires_grad_())
+
+    for name, arg in zip(op.argument_names, args, strict=True):
+        if name not in op.constants:
+            map_tensors((arg,), mark)
+    return leaves, args
 
 
 @contextlib.contextmanager

@@ -29,6 +29,7 @@ __all__ = [
     "NO_GATES",
     "ROW_BLOCK",
     "SOFT_GATES",
+    "GroupedProducts",
     "Tile",
     "Tiles",
     "bucket",
@@ -45,8 +46,10 @@ __all__ = [
     "dtypes_reason",
     "dual_product",
     "gate_tile",
+    "grouped_product",
     "is_wide",
     "keep_tile",
+    "laid_out",
     "lane_softmax",
     "lane_softmax_step",
     "launch",
@@ -454,6 +457,109 @@ def dual_product(x: Tensor, weight: Tensor, bias: Tensor | None, mixed: Tensor, 
     key = ("dual_product", bucket(tokens), width, out, rank, x.dtype)
     run(pick_tile(key, table.candidates(tokens, x.dtype), x.device, run))
     return y
+
+
+# -- products of many pairs in one launch ----------------------------------------------------------------------------
+
+#: addresses of x, w and the result, then T, C, K, then what a row of x, of w and of the result takes
+_PRODUCT_COLUMNS = tl.constexpr(9)
+
+
+def _grouped_tables(products: tuple[tuple[int, ...], ...], m: int, n: int) -> tuple[Tensor, Tensor]:
+    """The products [products, 9] and the tiles of all results [tiles, 3]: product, block of rows, block of columns."""
+    tiles = [
+        torch.cartesian_prod(
+            torch.tensor([place]), torch.arange(ceil_div(row[3], m)), torch.arange(ceil_div(row[4], n))
+        )
+        for place, row in enumerate(products)
+    ]
+    return torch.tensor(products, dtype=torch.int64), torch.cat([tile.view(-1, 3) for tile in tiles])
+
+
+@dataclass(frozen=True)
+class GroupedProducts:
+    """Matrix products of any sizes, all tiles of all results in one launch.
+
+    Each is (x, w, result), contiguous, and all x share a dtype, all w, all results: x [T, K], w [C, K], or [K, C] where
+    `across`, result [T, C]. The caller keeps the tensors alive until the launch. `like` are tensors of these dtypes.
+    """
+
+    like: tuple[Tensor, Tensor, Tensor]
+    products: Tensor
+    tiles: Tensor
+    tile: Tile
+    constants: dict[str, int | bool | str]
+
+    @classmethod
+    def of(cls, like: tuple[Tensor, Tensor, Tensor], triples: Sequence[tuple], across: bool) -> GroupedProducts:
+        rows, aligned = [], True
+        for x, w, result in triples:
+            (height, depth), width = x.shape, w.shape[int(across)]
+            addresses = [tensor.data_ptr() for tensor in (x, w, result)]
+            rows.append((*addresses, height, width, depth, depth, w.shape[1], width))
+            # how rows are vectorised; a result may be a dtype wider and of any address
+            aligned = aligned and all(number % 16 == 0 for number in (*addresses[:2], depth, width))
+        tile = _grouped_tile(max(row[3] for row in rows), triples[0][0].dtype)
+        tables = device_tables(_grouped_tables, (tuple(rows), tile.m, tile.n), triples[0][0].device)
+        blocks = {"BLOCK_T": tile.m, "BLOCK_R": tile.n, "BLOCK_K": tile.k}
+        flags = {"ACROSS": across, "ALIGNED": aligned, "PRECISION": dot_precision()}
+        return cls(like, *tables, tile, {**blocks, **flags})
+
+    def launch(self, kernel, *args, **constants) -> None:
+        """Run `kernel` on every tile; its first arguments are x, w, the result (for their dtypes) and the tables."""
+        launch(
+            kernel, (len(self.tiles),), *self.like, self.products, self.tiles, *args, **constants, **self.constants,
+            warps=self.tile.warps, stages=self.tile.stages,
+        )  # fmt: skip
+
+
+def laid_out(flat: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """Views of these shapes, one behind the other."""
+    parts = flat.split([height * width for height, width in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _grouped_tile(rows: int, dtype: torch.dtype) -> Tile:
+    """As many rows as the tallest x has, up to 64: where they fit one tile, w is read once."""
+    height = min(power_of_two(rows), 64)
+    if dtype == torch.float32:
+        return Tile(height, 64, 32, 4 if height < 64 else 8, 2)
+    return Tile(64, 128, 64, 8, 3) if height == 64 else Tile(height, 64, 64, 4, 4)
+
+
+@triton.jit
+def grouped_product(
+    x_like_ptr, w_like_ptr, out_like_ptr, products_ptr, tiles_ptr,
+    ACROSS: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """This program's tile of x w^T in float32, the result's address, the tile's places there, which of them exist."""
+    tile_ptr = tiles_ptr + tl.program_id(0).to(tl.int64) * 3
+    row_ptr = products_ptr + tl.load(tile_ptr) * _PRODUCT_COLUMNS
+    x_ptr = tl.load(row_ptr).to(x_like_ptr.dtype)
+    w_ptr = tl.load(row_ptr + 1).to(w_like_ptr.dtype)
+    out_ptr = tl.load(row_ptr + 2).to(out_like_ptr.dtype)
+    T, C, K = tl.load(row_ptr + 3), tl.load(row_ptr + 4), tl.load(row_ptr + 5)
+    stride_x, stride_w, stride_out = tl.load(row_ptr + 6), tl.load(row_ptr + 7), tl.load(row_ptr + 8)
+    if ALIGNED:
+        # what comes out of a table is known to nobody
+        x_ptr, w_ptr = tl.multiple_of(x_ptr, 16), tl.multiple_of(w_ptr, 16)
+        C, K = tl.multiple_of(C, 16), tl.multiple_of(K, 16)
+        stride_x, stride_w = tl.multiple_of(stride_x, 16), tl.multiple_of(stride_w, 16)
+    rows = tl.load(tile_ptr + 1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    cols = tl.load(tile_ptr + 2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    if ACROSS:
+        acc = rank_product(
+            x_ptr, w_ptr, products_ptr, rows, cols, T, K, C, 0, stride_x, 1, 1, stride_w, False, 0, 1, PRECISION,
+            BLOCK_T, BLOCK_R, BLOCK_K,
+        )  # fmt: skip
+    else:
+        acc = rank_product(
+            x_ptr, w_ptr, products_ptr, rows, cols, T, K, C, 0, stride_x, 1, stride_w, 1, False, 0, 1, PRECISION,
+            BLOCK_T, BLOCK_R, BLOCK_K,
+        )  # fmt: skip
+    places = rows[:, None] * stride_out + cols[None, :]
+    return acc, out_ptr, places, (rows < T)[:, None] & (cols < C)[None, :]
 
 
 # -- many tensors in one launch ---------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mllmcl_kernels import orthogonality_loss, project_grads_, sampled_product_l1
+from mllmcl_kernels import SampledEntries, orthogonality_loss, project_grads_, sampled_product_l1
 from mllmcl_kernels.ops.project_grads.samples import basis_of
 
 WIDTHS = ((12, 9), (12, 9), (20, 7))
@@ -62,6 +62,19 @@ def test_sampled_entries_are_those_of_the_product():
         ours = torch.autograd.grad(loss, tensors, retain_graph=True)
         for one, other in zip(ours, theirs, strict=True):
             torch.testing.assert_close(one, torch.zeros_like(one) if other is None else other, rtol=1e-6, atol=1e-7)
+
+
+def test_entries_made_once_are_those_given_at_every_call():
+    (a, b), (other_a, other_b) = layers(), layers(4)
+    a[1], b[1] = other_a[1], other_b[1]
+    rows = [torch.tensor([8, 0, 3, 0]), torch.tensor([2]), torch.tensor([6, 5])]
+    cols = [torch.tensor([1, 11, 0, 2]), torch.tensor([7]), torch.tensor([19, 19])]
+    entries = SampledEntries.of(a, b, rows, cols)
+    assert sorted(group.layers for group in entries.groups) == [(0, 2), (1,)]
+    losses = sampled_product_l1(a, b, entries), sampled_product_l1(a, b, rows, cols)
+    assert torch.equal(*losses)
+    plain = sum((y @ x)[i, j].abs().mean() / 3 for x, y, i, j in zip(a, b, rows, cols, strict=True))
+    torch.testing.assert_close(losses[0], plain, rtol=1e-6, atol=1e-7)
 
 
 def test_an_entry_that_is_there_twice_counts_twice():

@@ -142,7 +142,7 @@ def test_guard_bands(op: Op, index: int):
     guarded = map_tensors(sample.args, lambda tensor: fence(tensor, fences))
     with fenced_empty(fences):
         result = op(*guarded, backend="triton")
-    ours = [] if result is None else list(result)
+    ours = [] if result is None else [result] if isinstance(result, torch.Tensor) else list(result)
     for name, arg in zip(op.argument_names, guarded, strict=True):
         ours += list(arg) if name in op.mutates else []
     for place, (mine, other) in enumerate(zip(ours, usual, strict=True)):

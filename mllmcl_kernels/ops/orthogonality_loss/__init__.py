@@ -7,67 +7,81 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...checks import expect, expect_device, expect_floating, expect_tensor
+from ...checks import FLOATS, expect, expect_device, expect_floating, expect_tensor
 from ...op import Cost, Op
-from .reference import orthogonality_loss_backward_reference, orthogonality_loss_reference
-from .samples import backward_samples, bad_samples, samples
+from .reference import orthogonality_loss_reference
+from .samples import bad_samples, samples
 
 __all__ = ["orthogonality_loss", "orthogonality_loss_op"]
 
-# G layers of one shape, r ranks of the current expert, Q ranks of the old experts, K width
+# r ranks of the current expert, Q ranks of the old experts, K width
 
 
-def _cost(lora_a, previous_a) -> Cost:
-    layers, rank, width = lora_a.shape
-    old = previous_a.shape[1]
-    numbers = layers * width * (rank + old)
-    return Cost(flops=2 * layers * rank * old * width, bytes=numbers * lora_a.element_size())
+def _cost(lora_a, previous_a, need) -> Cost:
+    pairs = list(zip(lora_a, previous_a, strict=True))
+    products = sum(2 * new.numel() * old.shape[0] for new, old in pairs)
+    numbers = sum((1 + need) * new.numel() + old.numel() for new, old in pairs)
+    return Cost(flops=(1 + need) * products, bytes=numbers * lora_a[0].element_size())
+
+
+def _fake(lora_a, previous_a, need):
+    wide = torch.promote_types(lora_a[0].dtype, torch.float32)
+    size = sum(new.numel() for new in lora_a) if need else 0
+    return lora_a[0].new_empty((), dtype=wide), lora_a[0].new_empty(size, dtype=wide)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs)
+    lora_a, previous_a, need = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.like = [(new.shape, new.dtype) for new in lora_a]
+    # without the gradient on the way it is made from the inputs
+    ctx.save_for_backward(*([output[1]] if need else [*lora_a, *previous_a]))
 
 
-def _backward(ctx, d_loss):
-    lora_a, previous_a = ctx.saved_tensors
-    if not ctx.needs_input_grad[0]:
-        return None, None
-    return orthogonality_loss_backward_op(d_loss, lora_a, previous_a, backend=ctx.backend), None
+def _backward(ctx, d_loss, _d_slope):
+    layers, saved = len(ctx.like), ctx.saved_tensors
+    slope = saved[0]
+    if len(saved) > 1:
+        slope = orthogonality_loss_op(list(saved[:layers]), list(saved[layers:]), True, backend=ctx.backend)[1]
+    parts = (slope * d_loss).split([shape.numel() for shape, _ in ctx.like])
+    grads = [part.view(shape).to(dtype) for part, (shape, dtype) in zip(parts, ctx.like, strict=True)]
+    return grads, [None] * layers, None
 
-
-orthogonality_loss_backward_op = Op(
-    name="orthogonality_loss_backward",
-    reference=orthogonality_loss_backward_reference,
-    package=__name__,
-    fake=lambda d_loss, lora_a, previous_a: torch.empty_like(lora_a),
-    samples=backward_samples,
-)
 
 orthogonality_loss_op = Op(
     name="orthogonality_loss",
     reference=orthogonality_loss_reference,
     package=__name__,
-    fake=lambda lora_a, previous_a: lora_a.new_empty((), dtype=torch.promote_types(lora_a.dtype, torch.float32)),
+    fake=_fake,
     samples=samples,
     bad_samples=bad_samples,
     cost=_cost,
     setup_context=_setup_context,
     backward=_backward,
     constants=("previous_a",),
+    aside=(1,),
 )
 
 
 def _check(op: str, lora_a: Sequence[Tensor], previous_a: Sequence[Tensor]) -> None:
     expect(len(lora_a) > 0, op, "lora_a", "at least one tensor", 0)
     expect(len(previous_a) == len(lora_a), op, "previous_a", f"as many as lora_a = {len(lora_a)}", len(previous_a))
-    for index, (new, old) in enumerate(zip(lora_a, previous_a, strict=True)):
-        for name, tensor in ((f"lora_a[{index}]", new), (f"previous_a[{index}]", old)):
-            expect_tensor(op, name, tensor)
-            expect_floating(op, name, tensor)
-            expect_device(op, name, tensor, lora_a[0].device)
-            expect(tensor.dim() == 2, op, name, "a matrix [ranks, d_in]", list(tensor.shape))
-        fits = old.shape[1] == new.shape[1]
-        expect(fits, op, f"previous_a[{index}]", f"[Q, d_in] with d_in = {new.shape[1]}", list(old.shape))
+    device = getattr(lora_a[0], "device", None)
+    for index, pair in enumerate(zip(lora_a, previous_a, strict=True)):
+        # hundreds of layers a call: words are made on failure only
+        if not all(isinstance(one, Tensor) and one.dtype in FLOATS and one.dim() == 2 for one in pair) or not (
+            pair[0].device == pair[1].device == device and pair[0].shape[1] == pair[1].shape[1]
+        ):
+            _refuse(op, index, *pair, device)
+
+
+def _refuse(op: str, index: int, new: object, old: object, device: torch.device) -> None:
+    for name, tensor in ((f"lora_a[{index}]", new), (f"previous_a[{index}]", old)):
+        expect_tensor(op, name, tensor)
+        expect_floating(op, name, tensor)
+        expect_device(op, name, tensor, device)
+        expect(tensor.dim() == 2, op, name, "a matrix [ranks, d_in]", list(tensor.shape))
+    expect(False, op, f"previous_a[{index}]", f"[Q, d_in] with d_in = {new.shape[1]}", list(old.shape))
 
 
 def orthogonality_loss(
@@ -80,7 +94,7 @@ def orthogonality_loss(
     Args:
         lora_a: A of the current expert, `[r, d_in]`, or a sequence with one for each layer.
         previous_a: A of all old experts of the same layers, stacked, `[Q, d_in]`; Q = 0 adds nothing. It is a constant.
-        backend: "reference", or None to choose. Layers of one shape share one batched product.
+        backend: "reference", "cpp", "triton", or None to choose. All layers of one dtype share one call.
 
     Returns:
         A scalar in float32 or better; differentiable in lora_a, where an exact zero has gradient zero.
@@ -96,12 +110,12 @@ def orthogonality_loss(
     op = "orthogonality_loss"
     news, olds = ([value] if isinstance(value, Tensor) else list(value) for value in (lora_a, previous_a))
     _check(op, news, olds)
-    alike: dict[tuple, list[int]] = {}
-    for place, (new, old) in enumerate(zip(news, olds, strict=True)):
-        alike.setdefault((new.shape, old.shape, new.dtype), []).append(place)
+    alike: dict[torch.dtype, list[int]] = {}
+    for place, new in enumerate(news):
+        alike.setdefault(new.dtype, []).append(place)
     parts = []
-    for places in alike.values():
-        new_GrK = torch.stack([news[place] for place in places])
-        old_GQK = torch.stack([olds[place].detach() for place in places]).to(new_GrK.dtype)
-        parts.append(orthogonality_loss_op(new_GrK, old_GQK, backend=backend))
+    for dtype, places in alike.items():
+        now = torch.is_grad_enabled() and any(news[place].requires_grad for place in places)
+        lists = [news[place] for place in places], [olds[place].detach().to(dtype) for place in places]
+        parts.append(orthogonality_loss_op(*lists, now, backend=backend)[0])
     return torch.stack(parts).sum()

@@ -6,29 +6,33 @@ import torch
 
 from ...op import BadSample, Sample
 
-__all__ = ["backward_samples", "bad_samples", "samples"]
+__all__ = ["bad_samples", "samples"]
 
-# layers, ranks of the current expert, ranks of the old ones, width
-SHAPES = ((1, 1, 1, 1), (3, 4, 8, 24), (2, 3, 5, 17), (4, 8, 16, 40), (1, 2, 0, 9), (5, 1, 7, 64))
+# of each layer: ranks of the current expert, ranks of the old ones, width
+CALLS = (
+    ((1, 1, 1),),
+    ((4, 8, 24), (4, 8, 24), (4, 8, 16)),
+    ((3, 5, 17), (2, 7, 9)),
+    ((8, 16, 40), (5, 0, 8), (16, 3, 33)),
+    ((2, 0, 9),),
+    ((1, 7, 64), (9, 2, 16)),
+    ((16, 32, 48), (32, 16, 64)),
+)
 
 
 def samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample]:
-    """Layers in a batch, one of everything, no old rank, odd sizes."""
+    """One of everything, layers alike and unlike, no old rank, odd sizes, with and without the gradient."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
 
-    return [Sample(f"{g} layers r {r} Q {q} K {k}", (normal(g, r, k), normal(g, q, k))) for g, r, q, k in SHAPES]
-
-
-def backward_samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample]:
-    """The same layers with a gradient of the loss."""
-    wide = torch.promote_types(dtype, torch.float32)
-    return [
-        Sample(sample.name, (torch.tensor(0.7, dtype=wide, device=device), *sample.args))
-        for sample in samples(device, dtype, seed)
-    ]
+    found = []
+    for place, layers in enumerate(CALLS):
+        lists = [normal(r, k) for r, _, k in layers], [normal(q, k) for _, q, k in layers]
+        name = " and ".join(f"r {r} Q {q} K {k}" for r, q, k in layers)
+        found.append(Sample(name, (*lists, place % 3 != 2)))
+    return found
 
 
 def bad_samples() -> list[BadSample]:

@@ -12,7 +12,7 @@ __all__ = ["bad_samples", "basis_of", "samples"]
 
 def basis_of(generator: torch.Generator, width: int, count: int) -> Tensor:
     """`[width, count]` float64 with orthonormal columns."""
-    return torch.linalg.qr(torch.randn(width, count, generator=generator, dtype=torch.float64)).Q
+    return torch.linalg.qr(torch.randn(width, count, generator=generator, dtype=torch.float64)).Q.contiguous()
 
 
 def samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample]:

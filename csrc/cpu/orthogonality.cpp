@@ -1,0 +1,125 @@
+// Sum of |A A_old^T| and sign(A A_old^T) A_old over a list of layers; every old row is read once for both.
+// r rows of A, Q rows of A_old, K width
+
+#include <algorithm>
+#include <cmath>
+
+#include "../checks.h"
+#include "lanes.h"
+
+namespace mllmcl {
+namespace {
+
+constexpr int64_t kRows = 4;  // rows of A, and old rows, that are multiplied at a time
+
+using Rows = const float* [kRows];
+using Products = float[kRows][kRows];
+
+// Four old rows against four of A: more sums than a fused multiply-add has stages, half a load for each.
+MLLMCL_CLONES void products(const Rows& a, const Rows& old, int64_t width, Products& out) {
+  Lanes sums[kRows][kRows] = {};
+  int64_t k = 0;
+  for (; k + kLanes <= width; k += kLanes)
+    for (int64_t i = 0; i < kRows; ++i)
+      for (int64_t q = 0; q < kRows; ++q) sums[i][q] += lanes(a[i] + k) * lanes(old[q] + k);
+  for (int64_t i = 0; i < kRows; ++i)
+    for (int64_t q = 0; q < kRows; ++q) {
+      out[i][q] = total(sums[i][q]);
+      for (int64_t tail = k; tail < width; ++tail) out[i][q] += a[i][tail] * old[q][tail];
+    }
+}
+
+// The signs stay in registers; rows that are not real go to `spare`.
+MLLMCL_CLONES void add_signed(const Products& sign, const Rows& old, int64_t width, int64_t count, float* grad,
+                              float* spare) {
+  Lanes signs[kRows][kRows];
+  float* to[kRows];
+  for (int64_t i = 0; i < kRows; ++i) {
+    to[i] = i < count ? grad + i * width : spare;
+    for (int64_t q = 0; q < kRows; ++q) signs[i][q] = sign[i][q] - Lanes{};
+  }
+  int64_t k = 0;
+  for (; k + kLanes <= width; k += kLanes) {
+    const Lanes from[kRows] = {lanes(old[0] + k), lanes(old[1] + k), lanes(old[2] + k), lanes(old[3] + k)};
+    for (int64_t i = 0; i < kRows; ++i) {
+      Lanes sum = lanes(to[i] + k);
+      for (int64_t q = 0; q < kRows; ++q) sum += signs[i][q] * from[q];
+      lanes(to[i] + k) = sum;
+    }
+  }
+  for (; k < width; ++k)
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t q = 0; q < kRows; ++q) grad[i * width + k] += sign[i][q] * old[q][k];
+}
+
+// Up to four rows of A of one layer with all of its old rows.
+struct Unit {
+  int64_t layer, row;
+  float* grad;  // null where it is not wanted
+};
+
+// Rows `at` to `at + kRows` in float32; behind the last row the last one stands again. Gives how many are real.
+int64_t load_rows(const Tensor& from, int64_t at, std::vector<float>& buffer, Rows& rows) {
+  const int64_t width = from.size(1), real = std::min(kRows, from.size(0) - at);
+  for (int64_t i = 0; i < kRows; ++i) {
+    const int64_t row = at + std::min(i, real - 1);
+    rows[i] = load_row(from.const_data_ptr(), from.scalar_type(), row * width, width, buffer.data() + i * width);
+  }
+  return real;
+}
+
+double run_unit(const Unit& unit, const Tensor& lora_a, const Tensor& old) {
+  const int64_t width = lora_a.size(1), olds = old.size(0);
+  std::vector<float> a_buffer(kRows * width), old_buffer(kRows * width), spare(width);
+  Rows a, others;
+  Products product;
+  const int64_t count = load_rows(lora_a, unit.row, a_buffer, a);
+  if (unit.grad) std::fill_n(unit.grad, count * width, 0.0f);
+  double sum = 0.0;
+  for (int64_t q = 0; q < olds; q += kRows) {
+    const int64_t real = load_rows(old, q, old_buffer, others);
+    products(a, others, width, product);
+    for (int64_t i = 0; i < kRows; ++i)
+      for (int64_t j = 0; j < kRows; ++j) {
+        float& entry = product[i][j];
+        if (i >= count || j >= real) entry = 0.0f;
+        sum += std::fabs(entry);
+        entry = static_cast<float>((entry > 0.0f) - (entry < 0.0f));
+      }
+    if (unit.grad) add_signed(product, others, width, count, unit.grad, spare.data());
+  }
+  return sum;
+}
+
+// loss: one float32; grad: float32, one layer's [r, K] behind the other, or empty
+void orthogonality(std::vector<Tensor> lora_a, std::vector<Tensor> previous_a, Tensor loss, Tensor grad) {
+  need(lora_a.size() == previous_a.size(), "lists must be equally long");
+  need(loss.numel() == 1 && loss.scalar_type() == Dtype::Float, "loss must be one float32");
+  need(grad.is_contiguous() && grad.scalar_type() == Dtype::Float, "grad must be contiguous float32");
+  auto* slope = grad.numel() > 0 ? static_cast<float*>(grad.mutable_data_ptr()) : nullptr;
+  std::vector<Unit> units;
+  int64_t at = 0;
+  for (size_t i = 0; i < lora_a.size(); ++i) {
+    for (const Tensor* t : {&lora_a[i], &previous_a[i]})
+      need(t->dim() == 2 && t->is_contiguous() && is_row_dtype(t->scalar_type()), "layers must be contiguous [r, K]");
+    const int64_t rows = lora_a[i].size(0), width = lora_a[i].size(1);
+    need(previous_a[i].size(1) == width, "widths must agree");
+    for (int64_t row = 0; row < rows; row += kRows)
+      units.push_back({static_cast<int64_t>(i), row, slope ? slope + at + row * width : nullptr});
+    at += rows * width;
+  }
+  need(slope == nullptr || grad.numel() == at, "grad must hold all layers");
+  std::vector<double> sums(units.size());
+  torch::stable::parallel_for(0, static_cast<int64_t>(units.size()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t u = begin; u < end; ++u)
+      sums[u] = run_unit(units[u], lora_a[units[u].layer], previous_a[units[u].layer]);
+  });
+  double all = 0.0;
+  for (const double sum : sums) all += sum;
+  *static_cast<float*>(loss.mutable_data_ptr()) = static_cast<float>(all);
+}
+
+}  // namespace
+}  // namespace mllmcl
+
+STABLE_TORCH_LIBRARY_IMPL(mllmcl_cpu, CPU, m) { m.impl("orthogonality", TORCH_BOX(&mllmcl::orthogonality)); }
