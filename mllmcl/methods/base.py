@@ -52,6 +52,10 @@ class Method:
     deviations: ClassVar[str] = "none"
     #: whether an expert, once its task has ended, never changes: an item routed to it keeps its answer
     isolated: ClassVar[bool] = False
+    #: whether an expert that trained is what the task learned, worth a folder in PEFT's format
+    exports: ClassVar[bool] = True
+    #: whether what trains may have no gradient, since the method shuts it off for a task
+    shuts_off: ClassVar[bool] = False
     #: used where the run's configuration names none
     learning_rate: ClassVar[float] = 1e-3
 
@@ -59,6 +63,8 @@ class Method:
     stream: Any = field(default=None, init=False, repr=False)
     #: gives the context of the run's precision; the training loop sets it
     autocast: Any = field(default=contextlib.nullcontext, init=False, repr=False)
+    #: share of the phase's steps that are behind, 0 at its first and 1 at its last; the training loop sets it
+    progress: float = field(default=0.0, init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Check the options; make what is no option."""
@@ -155,7 +161,7 @@ class LoraMethod(Method):
         super().setup(mllm, stream)
         mllm.add_experts(
             self._num_experts(),
-            self.rank,
+            self._rank(),
             self._alpha(),
             targets=self.targets,
             dropout=self.dropout,
@@ -168,6 +174,10 @@ class LoraMethod(Method):
 
     def _projector_experts(self) -> bool:
         return False
+
+    def _rank(self) -> int:
+        """An expert's rank."""
+        return self.rank
 
     def _alpha(self) -> float:
         """An expert's scaling times its rank."""

@@ -22,13 +22,16 @@ class Watch:
     """Looks at the first steps of a run and raises with the names when they do not train what they should.
 
     Every trainable tensor has to have had a non-zero gradient after three steps (A of a LoRA has none in the first, B
-    being zero), and nothing frozen may have moved: neither the base nor the masked-out rows of a stack.
+    being zero), unless the method says that it shuts some off, and nothing frozen may have moved: neither the base nor
+    the masked-out rows of a stack.
     """
 
     STEPS = 3
 
-    def __init__(self, model: nn.Module, trainable: dict[str, nn.Parameter], masks: dict[str, Mask]):
-        self.model, self.trainable, self.masks = model, trainable, masks
+    def __init__(
+        self, model: nn.Module, trainable: dict[str, nn.Parameter], masks: dict[str, Mask], shuts_off: bool = False
+    ):
+        self.model, self.trainable, self.masks, self.shuts_off = model, trainable, masks, shuts_off
         self.arrived: dict[str, Tensor] = {}
         self.seen = 0
         self.before = self._frozen()
@@ -58,7 +61,7 @@ class Watch:
         if self.seen < self.STEPS:
             return True
         silent = [name for name in self.trainable if not bool(self.arrived.get(name, False))]
-        if silent:
+        if silent and not self.shuts_off:
             raise RuntimeError(
                 f"{len(silent)} trainable tensors had no gradient in {self.STEPS} steps, e.g. {', '.join(silent[:3])}"
             )

@@ -242,7 +242,7 @@ def _run_phase(run: Run, task: Task, phase: Phase) -> None:
         raise RuntimeError(f"method {method.name} lets nothing train in phase {phase.name} of task {task.name}")
     masks = {name: mask for name, mask in method.parameter_masks().items() if name in trainable}
     run.optimizer = _make_optimizer(run, trainable, masks)
-    watch = Watch(run.mllm.model, trainable, masks) if position.step == 0 else None
+    watch = Watch(run.mllm.model, trainable, masks, method.shuts_off) if position.step == 0 else None
     if run.pending is not None:
         if position.step > 0:
             names = {parameter: name for name, parameter in trainable.items()}
@@ -328,6 +328,7 @@ def _step(run: Run, phase: Phase, order: Sequence, watch: Watch | None) -> torch
     """One optimizer step; the loss stays on the device."""
     mllm, method, optimizer = run.mllm, run.method, run.optimizer
     batches = order[run.position.step]
+    method.progress = run.position.step / max(1, len(order) - 1)
     _set_rates(run, phase, len(order))
     total = torch.zeros((), device=mllm.device)
     count = sum(len(batch) for batch in batches)

@@ -271,7 +271,7 @@ def _matrix(run: Run) -> AccuracyMatrix:
 def write_adapters(run: Run, task: Task) -> None:
     """adapters/<task>/: the expert that learned the task, as PEFT reads it; nothing for a method without LoRA."""
     mllm = run.mllm
-    if not mllm.expert_layers:
+    if not mllm.expert_layers or not run.method.exports:
         return
     trained = [place for place, flag in enumerate(mllm.experts.trainable) if flag]
     for expert in trained:

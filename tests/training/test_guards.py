@@ -10,11 +10,11 @@ from mllmcl.training.guards import Watch, check_finite
 from mllmcl_kernels import Mask
 
 
-def watched(masks=None):
+def watched(masks=None, shuts_off=False):
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[0].requires_grad_(False)
     trainable = {name: value for name, value in model.named_parameters() if value.requires_grad}
-    return model, trainable, Watch(model, trainable, masks or {})
+    return model, trainable, Watch(model, trainable, masks or {}, shuts_off)
 
 
 def look(watch, trainable, silent=()):
@@ -29,6 +29,11 @@ def look(watch, trainable, silent=()):
 def test_three_good_steps_end_the_watch():
     _, trainable, watch = watched()
     assert look(watch, trainable) is False
+
+
+def test_a_method_that_shuts_tensors_off_may_leave_one_without_gradient():
+    _, trainable, watch = watched(shuts_off=True)
+    assert look(watch, trainable, silent=("1.bias",)) is False
 
 
 def test_a_tensor_without_gradient_is_named():
