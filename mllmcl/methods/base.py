@@ -14,7 +14,29 @@ if TYPE_CHECKING:
     from ..models import MLLM
     from ..streams import Sample, Stream, Task
 
-__all__ = ["LoraMethod", "Method", "Phase"]
+__all__ = ["LoraMethod", "Method", "Phase", "gradients_of", "named_under", "under"]
+
+
+def gradients_of(params: Sequence[torch.nn.Parameter]) -> list[Tensor]:
+    """The gradients; zeros are put where a parameter has none."""
+    for param in params:
+        if param.grad is None:
+            param.grad = torch.zeros_like(param)
+    return [param.grad for param in params]
+
+
+def named_under(kind: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names `kind/name`, for a method's state."""
+    return {f"{kind}/{name}": value for name, value in tensors.items()}
+
+
+def under(kind: str, tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """What `named_under` named so, by its own names: copies on `device`."""
+    return {
+        name.partition("/")[2]: value.to(device, copy=True)
+        for name, value in tensors.items()
+        if name.startswith(f"{kind}/")
+    }
 
 
 @dataclass(frozen=True, kw_only=True)

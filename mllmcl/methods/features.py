@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["TOWERS", "Anchors", "frozen_features", "image_features", "text_features"]
+__all__ = ["TOWERS", "Anchors", "answer_features", "frozen_features", "image_features", "text_features"]
 
 
 #: samples of which features are made at once
@@ -44,7 +44,17 @@ def image_features(mllm, samples: Sequence) -> Tensor:
 @_in_chunks
 def text_features(mllm, samples: Sequence) -> Tensor:
     """Mean input embedding of the question's tokens, of unit length: `[n, d]` float32 on the model's device."""
-    rows = mllm.tokenizer([sample.question for sample in samples], add_special_tokens=False)["input_ids"]
+    return _mean_embeddings(mllm, [sample.question for sample in samples])
+
+
+@_in_chunks
+def answer_features(mllm, samples: Sequence) -> Tensor:
+    """The same of the answer's tokens."""
+    return _mean_embeddings(mllm, [sample.answer for sample in samples])
+
+
+def _mean_embeddings(mllm, texts: Sequence[str]) -> Tensor:
+    rows = mllm.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     starts = [0, *accumulate(len(row) for row in rows)][:-1]
     flat = torch.tensor(list(chain.from_iterable(rows)), dtype=torch.int64, device=mllm.device)
     table = mllm.model.get_input_embeddings()(flat).float()

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import LoraMethod
+from .base import LoraMethod, gradients_of
 from .buffers import BatchReplayMethod
 
 __all__ = ["Gem", "ReferenceGradientMethod", "gem_gradient", "nonnegative_quadratic"]
@@ -39,10 +39,7 @@ class ReferenceGradientMethod(BatchReplayMethod):
         if not self.pools:
             return
         params = [param for group in optimizer.param_groups for param in group["params"]]
-        for param in params:
-            if param.grad is None:
-                param.grad = torch.zeros_like(param)
-        grads = [param.grad for param in params]
+        grads = gradients_of(params)
         references = torch.stack([self._gradient(samples, params) for samples in self._references()])
         turned = self._turned(torch.cat([grad.flatten() for grad in grads]), references)
         sizes = [grad.numel() for grad in grads]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mllmcl_kernels import ema_update_, importance_update_
 
-from .base import LoraMethod
+from .base import LoraMethod, named_under, under
 
 #: what trains for each kind of task: general text, general image, expert text, expert image
 TRAINS = {
@@ -74,22 +74,19 @@ class Mage(LoraMethod):
     def on_task_start(self, task) -> None:
         kind = self.modalities.get(task.name, self.modality)
         self.mllm.set_trainable(list(TRAINS[kind]), projector=self.train_projector)
-        self.averages = {name: value.detach().clone() for name, value in self._trained().items()}
+        self.averages = {name: value.detach().clone() for name, value in self.mllm.trained_parameters().items()}
         self.fisher = {name: torch.zeros_like(value) for name, value in self.averages.items()}
-
-    def _trained(self) -> dict[str, Tensor]:
-        return {name: value for name, value in self.mllm.model.named_parameters() if value.requires_grad}
 
     @torch.no_grad()
     def before_step(self, optimizer) -> None:
-        trained = self._trained()
+        trained = self.mllm.trained_parameters()
         grads = [value.grad for value in trained.values()]
         # a constant count c is a running mean with weight 1 / c
         importance_update_(_of(self.fisher, trained), grads, count=1.0 / (1.0 - self.fisher_decay))
 
     @torch.no_grad()
     def after_step(self, optimizer) -> None:
-        trained = self._trained()
+        trained = self.mllm.trained_parameters()
         averages, values = _of(self.averages, trained), list(trained.values())
         if self.legacy:
             ema_update_(averages, values, decay=0.99)
@@ -99,25 +96,15 @@ class Mage(LoraMethod):
 
     @torch.no_grad()
     def on_task_end(self, task) -> None:
-        trained = self._trained()
+        trained = self.mllm.trained_parameters()
         torch._foreach_copy_(list(trained.values()), _of(self.averages, trained))
 
     def state_tensors(self) -> dict[str, Tensor]:
-        return {
-            **{f"average/{name}": value for name, value in self.averages.items()},
-            **{f"fisher/{name}": value for name, value in self.fisher.items()},
-        }
+        return {**named_under("average", self.averages), **named_under("fisher", self.fisher)}
 
     def load_state(self, tensors, values) -> None:
-        for kind, store in (("average", self.averages), ("fisher", self.fisher)):
-            store.clear()
-            store.update(
-                {
-                    name.partition("/")[2]: value.clone()
-                    for name, value in tensors.items()
-                    if name.startswith(f"{kind}/")
-                }
-            )
+        device = self.mllm.device
+        self.averages, self.fisher = under("average", tensors, device), under("fisher", tensors, device)
 
 
 def _of(store: dict[str, Tensor], trained: dict[str, Tensor]) -> list[Tensor]:

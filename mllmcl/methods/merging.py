@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .base import LoraMethod
+from .base import LoraMethod, named_under, under
 
 __all__ = ["MergedLoraMethod"]
 
@@ -38,13 +38,11 @@ class MergedLoraMethod(LoraMethod):
         super().on_task_start(task)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        merged = {f"merged/{name}": weight for name, weight in self.mllm.merged_weights().items()}
-        return {**super().state_tensors(), **merged}
+        return {**super().state_tensors(), **named_under("merged", self.mllm.merged_weights())}
 
     def state_values(self) -> dict:
         return {**super().state_values(), "num_merged": self.mllm.experts.num_merged}
 
     def load_state(self, tensors, values) -> None:
         super().load_state(tensors, values)
-        merged = {name.partition("/")[2]: value for name, value in tensors.items() if name.startswith("merged/")}
-        self.mllm.load_merged_weights(merged, values["num_merged"])
+        self.mllm.load_merged_weights(under("merged", tensors, self.mllm.device), values["num_merged"])

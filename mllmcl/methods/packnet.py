@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mllmcl_kernels import Mask
 
-from .base import Phase
+from .base import Phase, named_under
 from .mr_lora import MrLora
 
 RETRAIN = "retrain"
@@ -116,7 +116,7 @@ class PackNet(MrLora):
         return masks
 
     def state_tensors(self) -> dict[str, Tensor]:
-        return {**super().state_tensors(), **{f"owners/{name}": owners for name, owners in self.owners.items()}}
+        return {**super().state_tensors(), **named_under("owners", self.owners)}
 
     def load_state(self, tensors, values) -> None:
         super().load_state(tensors, values)

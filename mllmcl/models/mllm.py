@@ -304,6 +304,10 @@ class MLLM:
         """Name to `mllmcl_kernels.Mask` of every stack of experts, for `MaskedAdamW`: True at trainable experts."""
         return masks_of(self)
 
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """Name to parameter of what trains now."""
+        return {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+
     def trainable_state(self) -> dict[str, Tensor]:
         """Name to data of all that may train: experts, routers, projector, attached modules. Clone to keep."""
         return {name: value.detach() for name, value in parameters_that_may_train(self).items()}

@@ -142,14 +142,12 @@ def _restore_rng(run: Run) -> None:
         run.pending = None
 
 
-def _trainable(run: Run) -> dict[str, nn.Parameter]:
-    """Name to parameter of what trains now."""
-    return {name: value for name, value in run.mllm.model.named_parameters() if value.requires_grad}
-
-
 def _saved(run: Run) -> dict[str, torch.Tensor]:
     """What a checkpoint holds of the model: everything that may train, and what trains now."""
-    return {**run.mllm.trainable_state(), **{name: value.detach() for name, value in _trainable(run).items()}}
+    return {
+        **run.mllm.trainable_state(),
+        **{name: value.detach() for name, value in run.mllm.trained_parameters().items()},
+    }
 
 
 def _restore_model(run: Run) -> None:
@@ -169,7 +167,7 @@ def _restore_model(run: Run) -> None:
 def _checkpoint(run: Run, pin: bool = False) -> None:
     experts = run.mllm.experts
     rng_tensors, rng_values = capture_rng()
-    names = {parameter: name for name, parameter in _trainable(run).items()}
+    names = {parameter: name for name, parameter in run.mllm.trained_parameters().items()}
     moments, slots = ({}, None) if run.optimizer is None else optimizer_tensors(run.optimizer, names)
     run.position.checkpoint += 1
     tensors = {
@@ -237,7 +235,7 @@ def _run_phase(run: Run, task: Task, phase: Phase) -> None:
     if run.pending is not None:
         _restore_model(run)
     order = _order(run, phase)
-    trainable = _trainable(run)
+    trainable = run.mllm.trained_parameters()
     if not trainable:
         raise RuntimeError(f"method {method.name} lets nothing train in phase {phase.name} of task {task.name}")
     masks = {name: mask for name, mask in method.parameter_masks().items() if name in trainable}
