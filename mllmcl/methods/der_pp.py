@@ -14,9 +14,7 @@ from mllmcl_kernels import distillation_loss
 
 from .base import LoraMethod
 from .buffers import BatchReplayMethod
-
-#: samples whose logits are taken together
-BATCH = 32
+from .teachers import RowsOfSamples, taught
 
 
 @dataclass(kw_only=True)
@@ -62,19 +60,12 @@ class DerPp(BatchReplayMethod, LoraMethod):
         mllm = self.mllm
         samples, places = self.draw(self.buffer_batch or len(batch))
         hidden = mllm.answer_hidden(mllm.collate(samples, with_answers=True))
-        rows = self._rows(places)
+        rows = RowsOfSamples(self.lengths).of(places)
         values, indices = (stored[rows].to(mllm.device, non_blocking=True) for stored in (self.values, self.indices))
         distilled = distillation_loss(hidden, mllm.head_weight, (values, indices), temperature=self.temperature)
         again, _ = self.draw(self.buffer_batch or len(batch))
         labelled = self.answer_loss(mllm.collate(again, with_answers=True))
         return loss + self.distil * distilled + self.beta * labelled
-
-    def _rows(self, places_b: Tensor) -> Tensor:
-        """Rows of the stored logits of these samples, one after the other; on the CPU."""
-        num_b = self.lengths[places_b]
-        first_b = (self.lengths.cumsum(0) - self.lengths)[places_b]
-        before_b = num_b.cumsum(0) - num_b
-        return torch.arange(int(num_b.sum())) + (first_b - before_b).repeat_interleave(num_b)
 
     def on_task_end(self, task) -> None:
         ids = [sample_id for kept in self.buffer.values() for sample_id in kept]
@@ -86,22 +77,14 @@ class DerPp(BatchReplayMethod, LoraMethod):
         self.values, self.indices = (torch.cat(parts) for parts in zip(*kept, strict=True))
         self.lengths = torch.tensor([len(values) for values, _ in kept])
 
-    @torch.no_grad()
     def _taught(self, samples: list) -> dict[str, tuple[Tensor, Tensor]]:
-        """Id of each sample to the largest logits of its answer tokens, and their tokens, on the CPU."""
-        mllm, found = self.mllm, {}
-        was_training = mllm.model.training
-        mllm.eval()
-        for start in range(0, len(samples), BATCH):
-            part = samples[start : start + BATCH]
-            batch = mllm.collate(part, with_answers=True)
-            with self.autocast():
-                values, indices = mllm.answer_logits(batch).topk(self.top_k)
-            sizes = (batch.labels >= 0).sum(1).tolist()
-            pairs = zip(values.cpu().split(sizes), indices.int().cpu().split(sizes), strict=True)
-            found |= dict(zip((sample.id for sample in part), pairs, strict=True))
-        mllm.train(was_training)
-        return found
+        """Id of each sample to the largest logits of its answer tokens, and their tokens."""
+
+        def largest(logits_nV: Tensor) -> tuple[Tensor, Tensor]:
+            values, indices = logits_nV.topk(self.top_k)
+            return values, indices.int()
+
+        return dict(zip((sample.id for sample in samples), taught(self, samples, largest), strict=True))
 
     def state_tensors(self) -> dict[str, Tensor]:
         stored = {"values": self.values, "indices": self.indices, "lengths": self.lengths}

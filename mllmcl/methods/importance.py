@@ -68,15 +68,13 @@ class ImportanceMethod(LoraMethod):
         loss_of, power = MEASURES[measure]
         params = mllm.trained_parameters()
         found = {name: torch.zeros_like(param) for name, param in params.items()}
-        was_training = mllm.model.training
-        mllm.eval()
-        for count, sample in enumerate(evenly_spaced(task.train, self.importance_samples), 1):
-            batch = mllm.collate([sample], with_answers=True)
-            with self.before_forward([sample]), self.autocast():
-                loss = loss_of(self, batch)
-            grads = torch.autograd.grad(loss, list(params.values()), materialize_grads=True)
-            importance_update_(list(found.values()), grads, power=power, count=float(count))
-        mllm.train(was_training)
+        with mllm.evaluating():
+            for count, sample in enumerate(evenly_spaced(task.train, self.importance_samples), 1):
+                batch = mllm.collate([sample], with_answers=True)
+                with self.before_forward([sample]), self.autocast():
+                    loss = loss_of(self, batch)
+                grads = torch.autograd.grad(loss, list(params.values()), materialize_grads=True)
+                importance_update_(list(found.values()), grads, power=power, count=float(count))
         return found
 
     def in_force(self) -> dict[str, Tensor]:

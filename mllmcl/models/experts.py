@@ -76,6 +76,7 @@ class ExpertState:
     collect: keep the last `Routing` of each layer in `routings`, for auxiliary losses and load statistics.
     num_merged: how often the experts were merged into the base weights.
     groups: layer name to the group whose row of gates `[B, G, E]` it takes; layers not named are in group 0.
+    resident: the one expert that acts where no gates are given; None: the learned router or every expert. `settle`.
     """
 
     ranks: tuple[int, ...]
@@ -92,6 +93,14 @@ class ExpertState:
     selection: Selection = field(default_factory=Selection)
     num_merged: int = 0
     groups: dict[str, int] = field(default_factory=dict)
+    resident: int | None = None
+
+    def settle(self, expert: int) -> None:
+        """Let this expert act wherever no gates are given."""
+        if not 0 <= expert < self.num_experts:
+            raise ValueError(f"expert: expected one of 0..{self.num_experts - 1}, got {expert}")
+        self.resident = expert
+        self.selection = Selection(uniform=expert)
 
     @property
     def num_groups(self) -> int:
@@ -160,7 +169,7 @@ def select(state: ExpertState, gates, device: torch.device) -> Selection:
     """
     experts = state.num_experts
     if gates is None:
-        return Selection()
+        return Selection(uniform=state.resident)
     if isinstance(gates, str):
         if gates != "off":
             raise ValueError(f'gates: expected None, "off", a float tensor or integer ids, got {gates!r}')

@@ -284,9 +284,9 @@ class MLLM:
         """Within the context these experts act.
 
         Args:
-            gates: None (the learned router if there is one, else every expert weighs 1), "off" (the base alone), a
-                float tensor `[E]`, `[B, E]` or `[B, G, E]` (a row for each group of layers, see `ExpertState.groups`),
-                or int64 ids `[B]` (-1 = the base alone; one batch may mix).
+            gates: None (the resident expert if there is one, else the learned router, else every expert weighs 1),
+                "off" (the base alone), a float tensor `[E]`, `[B, E]` or `[B, G, E]` (a row for each group of layers,
+                see `ExpertState.groups`), or int64 ids `[B]` (-1 = the base alone; one batch may mix).
         """
         if self.experts is None:
             if gates is not None and not (isinstance(gates, str) and gates == "off"):
@@ -503,9 +503,14 @@ class MLLM:
 
     def answer_hidden(self, batch: Batch) -> Tensor:
         """Hidden states `[n, D]` that predict the answer tokens, for losses that hold the head themselves."""
+        return self.at_answers(self.hidden_states(batch), batch)
+
+    @staticmethod
+    def at_answers(hidden_BSD: Tensor, batch: Batch) -> Tensor:
+        """The rows `[n, D]` of hidden states `[B, S, D]` that predict the answer tokens."""
         if batch.answer_positions is None:
             raise ValueError("batch: it has no answers, collate with with_answers=True")
-        return self.hidden_states(batch).flatten(0, 1).index_select(0, batch.answer_positions)
+        return hidden_BSD.flatten(0, 1).index_select(0, batch.answer_positions)
 
     def answer_logits(self, batch: Batch) -> Tensor:
         """Logits `[n, V]` that predict `batch.answer_labels`; no other position goes through the head."""
@@ -520,8 +525,23 @@ class MLLM:
 
     def loss(self, batch: Batch) -> Tensor:
         """Mean cross entropy over answer and end tokens, a scalar in float32 or better."""
-        logits = self.answer_logits(batch)
-        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), batch.answer_labels)
+        return self.cross_entropy(self.answer_hidden(batch), batch)
+
+    def cross_entropy(self, hidden_nD: Tensor, batch: Batch, reduction: str = "mean") -> Tensor:
+        """Cross entropy of the answer tokens from what `answer_hidden` gave; reduced as torch's."""
+        logits = self.head(hidden_nD)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(logits, batch.answer_labels, reduction=reduction)
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[MLLM]:
+        """Evaluation mode within the context."""
+        was_training = self.model.training
+        self.eval()
+        try:
+            yield self
+        finally:
+            self.train(was_training)
 
     def perplexity(self, text: str, *, window: int = 256, batch_size: int = 8) -> float:
         """Perplexity of plain text, without a prompt's template: exp of the mean negative log likelihood of a token.

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mllmcl import methods
+from mllmcl.methods.teachers import RowsOfSamples
 
 from ..training.made_up_run import make_run, make_stream
 from ..training.test_loop import final_tensors
@@ -89,7 +90,7 @@ def test_rows_of_a_draw_are_those_of_its_samples(stream):
     starts = [0, *method.lengths.cumsum(0).tolist()]
     places = torch.tensor([5, 0, 7])
     wanted = [row for place in places.tolist() for row in range(starts[place], starts[place + 1])]
-    assert method._rows(places).tolist() == wanted and len(set(method.lengths.tolist())) > 1
+    assert RowsOfSamples(method.lengths).of(places).tolist() == wanted and len(set(method.lengths.tolist())) > 1
 
 
 def test_options_are_checked():
