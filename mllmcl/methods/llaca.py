@@ -50,8 +50,8 @@ class Llaca(ExpertPerTask):
     )
     at_test: ClassVar[str] = "nothing: a set by the words of the question, sample by sample"
     deviations: ClassVar[str] = (
-        "sample by sample, where the public code chooses for a whole test set; words of one letter count; base_weight "
-        "is 0.1, for short tasks"
+        "words of one letter count; one idf over all sets and the task; base_weight is 0.1, for short tasks, and the "
+        "weight of a task's first step"
     )
 
     reuse_above: float = 0.3
