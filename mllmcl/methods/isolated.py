@@ -34,8 +34,12 @@ class ExpertPerTask(LoraMethod):
     def task_of(self, expert: int) -> int:
         return expert if expert < 0 else expert - self.first
 
+    def expert_for(self, task) -> int:
+        """The expert that a task trains."""
+        return self.index_of(task) + self.first
+
     def on_task_start(self, task) -> None:
-        expert = self.index_of(task) + self.first
+        expert = self.expert_for(task)
         while self.mllm.experts.num_experts <= expert:
             self.mllm.grow_experts(1, self.rank, self.alpha)
         self.act(expert)

@@ -9,8 +9,6 @@ other list.
 from __future__ import annotations
 
 import dataclasses
-import math
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from torch import Tensor
 from ..seeds import derive_seed
 from .base import Phase
 from .features import Anchors, frozen_features
+from .instructions import Vocabulary, holding, words
 
 __all__ = ["Router", "RouterOptions", "available_routers", "cluster", "find_router"]
 
@@ -202,29 +201,17 @@ class TfidfRouter(Router):
 
     def learn(self, place: int) -> None:
         super().learn(place)
-        questions = [_words(sample) for sample in self.tasks[place].train]
-        holding, counts = Counter(), Counter()
-        for words in questions:
-            holding.update(set(words))
-            counts.update(words)
-        found = {"questions": len(questions), "holding": dict(holding), "counts": dict(counts)}
+        questions = [sample.question for sample in self.tasks[place].train]
+        counts = Counter(word for text in questions for word in words(text))
+        found = {"questions": len(questions), "holding": dict(holding(questions)), "counts": dict(counts)}
         self.seen[place:] = [found, *self.seen[place + 1 :]]
 
     def _choose(self, samples: Sequence) -> Tensor:
-        total = sum(task["questions"] for task in self.seen)
-        holding = Counter()
-        for task in self.seen:
-            holding.update(task["holding"])
-        weights = [math.log((1 + total) / (1 + number)) + 1.0 for number in holding.values()]
-        weight_w = torch.tensor(weights, dtype=torch.float64)
-        column = {word: place for place, word in enumerate(holding)}
-        task_Tw = _table([task["counts"] for task in self.seen], column) * weight_w
-        task_Tw = F.normalize(task_Tw, dim=-1) * weight_w
+        frequencies = sum((Counter(task["holding"]) for task in self.seen), Counter())
+        vocabulary = Vocabulary(frequencies, sum(task["questions"] for task in self.seen))
+        task_TW = F.normalize(vocabulary.weighted([task["counts"] for task in self.seen]), dim=-1)
         # the length of a question's own vector does not change which task is nearest
-        found = [(row, column[word]) for row, sample in enumerate(samples) for word in _words(sample) if word in column]
-        rows, columns = torch.tensor(found, dtype=torch.int64).reshape(len(found), 2).unbind(1)
-        cosine_nT = torch.zeros(len(samples), len(self.seen), dtype=torch.float64)
-        return cosine_nT.index_add_(0, rows, task_Tw.t()[columns]).argmax(1)
+        return vocabulary.dots([sample.question for sample in samples], task_TW).argmax(1)
 
     def state_values(self) -> dict:
         return {**super().state_values(), "seen": self.seen}
@@ -232,18 +219,6 @@ class TfidfRouter(Router):
     def load_state(self, tensors, values) -> None:
         super().load_state(tensors, values)
         self.seen = list(values["seen"])
-
-
-def _words(sample) -> list[str]:
-    return re.findall(r"\w+", sample.question.lower())
-
-
-def _table(counts: Sequence[dict[str, int]], column: dict[str, int]) -> Tensor:
-    """Counts of words as float64 `[T, words]`."""
-    table = torch.zeros(len(counts), len(column), dtype=torch.float64)
-    for row, words in enumerate(counts):
-        table[row, [column[word] for word in words]] = torch.tensor(list(words.values()), dtype=torch.float64)
-    return table
 
 
 class OracleRouter(Router):

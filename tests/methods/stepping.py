@@ -17,6 +17,7 @@ EVERY = [(name, {}) for name in methods.available()] + [
     ("mr_lora", {"router": "mllm", "router_epochs": 1.0}),
     ("der_pp", {"capacity": 12}),
     ("msgm", {"share": 0.25}),
+    ("llaca", {"reuse_above": 0.0}),
 ]
 
 
