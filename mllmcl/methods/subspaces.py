@@ -1,0 +1,83 @@
+"""Subspaces of the inputs of layers that later tasks leave alone, for every method that has such."""
+
+# K width of an input, k directions of it, m directions on offer
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..seeds import derive_seed
+from .merging import MergedLoraMethod
+
+__all__ = ["SubspaceMethod", "fewest"]
+
+
+def fewest(energy_m: Tensor, total: Tensor, share: float) -> int:
+    """The fewest leading directions that leave no more than (1 - share) * total outside.
+
+    Args:
+        energy_m: energy of each direction, largest first; together all that is outside now. total: energy of it all.
+    """
+    missing = energy_m.sum() - (1 - share) * total
+    if missing <= 0:
+        return 0
+    return min(int((energy_m.cumsum(0) < missing).sum()) + 1, len(energy_m))
+
+
+@dataclass(kw_only=True)
+class SubspaceMethod(MergedLoraMethod):
+    """A method with an orthonormal basis M `[K, k]` of the input space of its layers, which grows with each task.
+
+    Columns are appended only, and how many there were before each task is known, so that a task's end may run twice.
+    The projector trains in the first task only: it decides what the inputs are.
+
+    Args:
+        seed: of the draw of samples from which directions are taken.
+    """
+
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        #: M of each basis by name
+        self.bases: dict[str, Tensor] = {}
+        #: of each basis, columns before task 0, 1, ...
+        self.sizes: dict[str, list[int]] = {}
+
+    def before(self, name: str, place: int) -> Tensor:
+        """The columns that the task at `place` found."""
+        return self.bases[name][:, : self.sizes[name][place]]
+
+    def grow(self, name: str, place: int, vector_Km: Tensor) -> None:
+        """Append orthonormal directions outside of `before(name, place)`, found by the task at `place`."""
+        basis_Kk = self.before(name, place)
+        # what rounding has left of the old directions in the new ones
+        outside_Km = vector_Km - basis_Kk @ (basis_Kk.T @ vector_Km)
+        self.bases[name] = torch.cat((basis_Kk, torch.linalg.qr(outside_Km).Q), 1)
+        self.sizes[name] = [*self.sizes[name][: place + 1], self.bases[name].shape[1]]
+
+    def batches(self, task, count: int, size: int) -> Iterator[list]:
+        """`count` training samples of a task, always the same, in lists of at most `size`."""
+        chosen = heapq.nsmallest(count, task.train, key=lambda one: derive_seed(self.seed, self.name, one.id))
+        for start in range(0, len(chosen), size):
+            yield chosen[start : start + size]
+
+    def on_task_start(self, task) -> None:
+        super().on_task_start(task)
+        self.mllm.set_trainable(projector=self.train_projector and not self.index_of(task))
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        return {**super().state_tensors(), **{f"bases/{name}": basis for name, basis in self.bases.items()}}
+
+    def state_values(self) -> dict:
+        return {**super().state_values(), "sizes": self.sizes}
+
+    def load_state(self, tensors, values) -> None:
+        super().load_state(tensors, values)
+        self.sizes = {name: list(sizes) for name, sizes in values["sizes"].items()}
+        self.bases = {name: tensors[f"bases/{name}"].to(self.mllm.device) for name in self.sizes}
