@@ -97,26 +97,23 @@ class Gpm(SubspaceMethod):
         share = min(1.0, self.threshold + self.threshold_step * place)
         for name, gram_KK in self._grams(task).items():
             if name not in self.bases:
-                self.bases[name], self.sizes[name] = gram_KK.new_zeros(len(gram_KK), 0), [0]
-            basis_Kk, total = self.before(name, place), gram_KK.trace()
+                self.begin(name, gram_KK.new_zeros(len(gram_KK), 0))
+            basis_Kk, outside_KK = self.before(name, place), gram_KK.double()
             for _ in range(2):
-                gram_KK = gram_KK.T.contiguous()
-                project_grads_([gram_KK], [basis_Kk])
-            energy_K, vector_KK = torch.linalg.eigh(gram_KK)
-            count = fewest(energy_K.flip(0).clamp(min=0), total, share)
+                outside_KK = outside_KK.T.contiguous()
+                project_grads_([outside_KK], [basis_Kk])
+            energy_K, vector_KK = torch.linalg.eigh(outside_KK)
+            count = fewest(energy_K.flip(0), gram_KK.trace(), share)
             self.grow(name, place, vector_KK.flip(1)[:, :count])
 
     @torch.no_grad()
     def _grams(self, task) -> dict[str, Tensor]:
         """C of each distinct input, float32 or better, by the name of the first layer that reads it."""
         mllm, grams = self.mllm, {}
-        was_training = mllm.model.training
-        mllm.eval()
         for part in self.batches(task, self.basis_samples, BATCH):
             batch = mllm.collate(part, with_answers=True)
             with self._gathering(grams, batch.attention_mask.bool()), self.autocast():
                 mllm.hidden_states(batch)
-        mllm.train(was_training)
         return grams
 
     @contextlib.contextmanager
@@ -132,15 +129,14 @@ class Gpm(SubspaceMethod):
             self.leaders[layer.path] = layer.path
             x_nK = args[0][mask_BS]
             x_nK = x_nK.to(torch.promote_types(x_nK.dtype, torch.float32))
-            gram_KK = x_nK.T @ x_nK
+            with torch.autocast(x_nK.device.type, enabled=False):
+                gram_KK = x_nK.T @ x_nK
             grams[layer.path] = grams[layer.path] + gram_KK if layer.path in grams else gram_KK
 
-        handles = [layer.register_forward_pre_hook(see) for layer in self.mllm.expert_layers.values()]
-        try:
+        with contextlib.ExitStack() as hooks:
+            for layer in self.mllm.expert_layers.values():
+                hooks.enter_context(layer.register_forward_pre_hook(see))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def state_values(self) -> dict:
         return {**super().state_values(), "leaders": self.leaders}

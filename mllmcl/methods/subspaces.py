@@ -20,13 +20,17 @@ __all__ = ["SubspaceMethod", "fewest"]
 def fewest(energy_m: Tensor, total: Tensor, share: float) -> int:
     """The fewest leading directions that leave no more than (1 - share) * total outside.
 
+    What a float32 does not tell from 0 beside `total` is no direction: those of the old basis come out with such.
+
     Args:
-        energy_m: energy of each direction, largest first; together all that is outside now. total: energy of it all.
+        energy_m: float64 energy of each direction, largest first; together all that is outside now.
+        total: energy of it all.
     """
     missing = energy_m.sum() - (1 - share) * total
     if missing <= 0:
         return 0
-    return min(int((energy_m.cumsum(0) < missing).sum()) + 1, len(energy_m))
+    num_real = int((energy_m > torch.finfo(torch.float32).eps * total).sum())
+    return min(int((energy_m.cumsum(0) < missing).sum()) + 1, num_real)
 
 
 @dataclass(kw_only=True)
@@ -49,23 +53,31 @@ class SubspaceMethod(MergedLoraMethod):
         #: of each basis, columns before task 0, 1, ...
         self.sizes: dict[str, list[int]] = {}
 
+    def begin(self, name: str, basis_Kk: Tensor) -> None:
+        """Say what the first task finds."""
+        self.bases[name], self.sizes[name] = basis_Kk, [basis_Kk.shape[1]]
+
     def before(self, name: str, place: int) -> Tensor:
         """The columns that the task at `place` found."""
         return self.bases[name][:, : self.sizes[name][place]]
 
     def grow(self, name: str, place: int, vector_Km: Tensor) -> None:
-        """Append orthonormal directions outside of `before(name, place)`, found by the task at `place`."""
+        """Append orthonormal float64 directions outside of `before(name, place)`, found by the task at `place`."""
         basis_Kk = self.before(name, place)
-        # what rounding has left of the old directions in the new ones
-        outside_Km = vector_Km - basis_Kk @ (basis_Kk.T @ vector_Km)
-        self.bases[name] = torch.cat((basis_Kk, torch.linalg.qr(outside_Km).Q), 1)
+        old_Kk = basis_Kk.to(vector_Km.dtype)
+        # the old columns are rounded; without this the new ones would lean on them the more the less energy they have
+        new_Km = torch.linalg.qr(vector_Km - old_Kk @ (old_Kk.T @ vector_Km)).Q
+        self.bases[name] = torch.cat((basis_Kk, new_Km.to(basis_Kk.dtype)), 1)
         self.sizes[name] = [*self.sizes[name][: place + 1], self.bases[name].shape[1]]
 
     def batches(self, task, count: int, size: int) -> Iterator[list]:
-        """`count` training samples of a task, always the same, in lists of at most `size`."""
+        """`count` training samples of a task, always the same, in lists of at most `size`; in evaluation mode."""
         chosen = heapq.nsmallest(count, task.train, key=lambda one: derive_seed(self.seed, self.name, one.id))
+        was_training = self.mllm.model.training
+        self.mllm.eval()
         for start in range(0, len(chosen), size):
             yield chosen[start : start + size]
+        self.mllm.train(was_training)
 
     def on_task_start(self, task) -> None:
         super().on_task_start(task)

@@ -10,8 +10,9 @@ import torch
 
 from mllmcl import methods
 
+from ..models.tiny import make_composed
 from ..training.made_up_run import make_stream
-from .mixing import survives_cuts
+from .mixing import learned, survives_cuts
 from .plain import equal, make_plain
 from .stepping import fill, our_step, plain_loss, plain_step, prepared, trainable
 
@@ -167,13 +168,30 @@ def test_the_projector_trains_in_the_first_task_only(stream):
 
 
 def test_a_task_that_ends_twice_keeps_the_same(stream):
-    _, method = prepared("gpm", {**OPTIONS, "basis_samples": 5}, stream, 1)
+    mllm, method = prepared("gpm", {**OPTIONS, "basis_samples": 5}, stream, 1)
+    mllm.train()
     method.on_task_end(stream.tasks[1])
+    assert all(layer.training and not layer._forward_pre_hooks for layer in mllm.expert_layers.values())
     once = {name: basis.clone() for name, basis in method.bases.items()}
     sizes = copy.deepcopy(method.sizes)
     method.on_task_end(stream.tasks[1])
     assert method.sizes == sizes and all(len(counts) == 3 for counts in sizes.values())
     assert all(torch.equal(basis, once[name]) for name, basis in method.bases.items())
+
+
+def test_covariances_are_float32_under_autocast(stream):
+    mllm, method = make_composed(), methods.create("gpm")
+    method.setup(mllm, stream)
+    method.autocast = lambda: torch.autocast("cpu", dtype=torch.bfloat16)
+    assert {gram.dtype for gram in method._grams(stream.tasks[0]).values()} == {torch.float32}
+
+
+def test_all_energy_is_at_most_the_whole_space(stream):
+    """Float32, and nothing but rounding left to append: the bases stay orthonormal."""
+    _, method = learned("gpm", stream, threshold=1.0)
+    for name, basis in method.bases.items():
+        assert basis.dtype == torch.float32 and basis.shape[1] <= len(basis) and len(method.sizes[name]) == 4
+        torch.testing.assert_close(basis.T @ basis, torch.eye(basis.shape[1]), rtol=0, atol=2e-6)
 
 
 def test_wrong_options_are_refused():
