@@ -4,14 +4,14 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..seeds import derive_seed
+from .base import named_under, under
+from .importance import evenly_spaced
 from .merging import MergedLoraMethod
 
 __all__ = ["SubspaceMethod", "fewest"]
@@ -39,12 +39,7 @@ class SubspaceMethod(MergedLoraMethod):
 
     Columns are appended only, and how many there were before each task is known, so that a task's end may run twice.
     The projector trains in the first task only: it decides what the inputs are.
-
-    Args:
-        seed: of the draw of samples from which directions are taken.
     """
-
-    seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -71,8 +66,8 @@ class SubspaceMethod(MergedLoraMethod):
         self.sizes[name] = [*self.sizes[name][: place + 1], self.bases[name].shape[1]]
 
     def batches(self, task, count: int, size: int) -> Iterator[list]:
-        """`count` training samples of a task, always the same, in lists of at most `size`; in evaluation mode."""
-        chosen = heapq.nsmallest(count, task.train, key=lambda one: derive_seed(self.seed, self.name, one.id))
+        """At most `count` training samples of a task, evenly spaced, in lists of `size`; in evaluation mode."""
+        chosen = evenly_spaced(task.train, count)
         was_training = self.mllm.model.training
         self.mllm.eval()
         for start in range(0, len(chosen), size):
@@ -84,7 +79,7 @@ class SubspaceMethod(MergedLoraMethod):
         self.mllm.set_trainable(projector=self.train_projector and not self.index_of(task))
 
     def state_tensors(self) -> dict[str, Tensor]:
-        return {**super().state_tensors(), **{f"bases/{name}": basis for name, basis in self.bases.items()}}
+        return {**super().state_tensors(), **named_under("bases", self.bases)}
 
     def state_values(self) -> dict:
         return {**super().state_values(), "sizes": self.sizes}
@@ -92,4 +87,4 @@ class SubspaceMethod(MergedLoraMethod):
     def load_state(self, tensors, values) -> None:
         super().load_state(tensors, values)
         self.sizes = {name: list(sizes) for name, sizes in values["sizes"].items()}
-        self.bases = {name: tensors[f"bases/{name}"].to(self.mllm.device) for name in self.sizes}
+        self.bases = under("bases", tensors, self.mllm.device)

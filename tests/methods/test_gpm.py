@@ -16,7 +16,7 @@ from .mixing import learned, survives_cuts
 from .plain import equal, make_plain
 from .stepping import fill, our_step, plain_loss, plain_step, prepared, trainable
 
-#: all 24 samples of a task, so that a test need not know which are drawn
+#: all 24 samples of a task, so that a test need not know which are taken
 OPTIONS = {"rank": 3, "alpha": 6.0, "threshold": 0.9, "threshold_step": 0.02, "basis_samples": 30}
 
 

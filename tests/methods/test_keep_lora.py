@@ -16,7 +16,7 @@ from .mixing import learned, survives_cuts
 from .plain import equal, make_plain
 from .stepping import our_step, plain_loss, plain_step, prepared, trainable
 
-#: gradients over all samples of a task, so that a test need not know which are drawn
+#: gradients over all samples of a task, so that a test need not know which are taken
 OPTIONS = {"rank": 3, "alpha": 6.0, "gradient_share": 1.0, "gradient_energy": 0.8}
 
 
@@ -139,8 +139,8 @@ def test_unequal_batches_weigh_by_their_samples(stream):
     mllm, method = prepared("keep_lora", {**OPTIONS, "gradient_share": 0.42}, stream, 0)
     ours, parts = method._gradients(stream.tasks[0]), list(method.batches(stream.tasks[0], 10, 8))
     assert [len(part) for part in parts] == [8, 2]
-    drawn = replace(stream.tasks[0], train=[sample for part in parts for sample in part])
-    for path, gradient in gradients(mllm, drawn).items():
+    taken = replace(stream.tasks[0], train=[sample for part in parts for sample in part])
+    for path, gradient in gradients(mllm, taken).items():
         # the norms of the language model are float32 and differ with the batch
         assert (ours[path] - gradient).norm() < 1e-5 * gradient.norm()
 
