@@ -229,6 +229,9 @@ class ExpertLinear(nn.Module):
     Holds `.weight` `[N, K]` and `.bias` of the base layer (the very parameters), `.lora_a` `[R, K]`, `.lora_b` `[N, R]`
     and `.router_weight` `[E, K]` or None. Input and output are `[B, S, K]` and `[B, S, N]`.
 
+    Under torch.compile one graph serves all ids, and one all gates of a shape; the state's `ranks`, `scaling` and
+    `trainable` are its constants. Else a batch of one expert known on the host is computed from that expert's rows.
+
     `.gating` is None or a module `(layer, x, selection) -> float gates that broadcast to [B, S, E]`, asked where no
     gates are given. Its parameters are saved, and train, with the learned routers.
     """
@@ -281,11 +284,14 @@ class ExpertLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         state = self.state
         selection = state.selection.of_group(state.groups.get(self.path, 0))
-        if selection.uniform == -1:
+        # a compiled graph takes ids as data, so that one graph serves every choice; only "off" has none
+        is_data = selection.gates is not None and torch.compiler.is_compiling()
+        expert = None if is_data else selection.uniform
+        if expert == -1:
             return F.linear(x, self.weight, self.bias)
         dropout = state.dropout if self.training else 0.0
-        if selection.uniform is not None:
-            expert, rows = selection.uniform, state.rows(selection.uniform)
+        if expert is not None:
+            rows = state.rows(expert)
             is_alone = state.num_experts == 1
             return lora_mix(
                 x,
@@ -353,7 +359,8 @@ class ExpertProjectorLinear(nn.Module):
 
     Holds the base `.weight` `[N, K]` and `.bias`, and `.expert_weight` `[E, N, K]`, `.expert_bias` `[E, N]` or None,
     which start as copies of the base. The input is one slice for each image, `[M, P, K]`, or the rows of all images
-    packed, `[rows, K]`. Copies are chosen whole, so gates have to be ids.
+    packed, `[rows, K]`. Copies are chosen whole, so gates have to be ids. A batch of one expert known on the host takes
+    that copy alone, also under torch.compile, which then has a graph for each such expert.
     """
 
     def __init__(self, base: nn.Linear, state: ExpertState, path: str):
