@@ -53,7 +53,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         self.max_norm = max_norm
         self.state_dtype = state_dtype
         self._masks: dict[Tensor, Mask] = {}
-        #: global norm of the masked gradients at the last step, a 0-dim tensor on the device
+        #: global norm of the masked gradients at the last step, a 0-dim tensor on the device, float32 or better
         self.grad_norm: Tensor | None = None
 
     def set_mask(self, param: Tensor, mask: Mask | None) -> None:
@@ -85,7 +85,7 @@ class MaskedAdamW(torch.optim.Optimizer):
             if param.grad is not None:
                 mask = self._masks.get(param)
                 grad = param.grad if mask is None else torch.where(mask.expand(param.shape), param.grad, 0.0)
-                norms.append(torch.linalg.vector_norm(grad, dtype=torch.float32))
+                norms.append(torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32)))
         if not norms:
             return 1.0
         self.grad_norm = torch.linalg.vector_norm(torch.stack(norms))

@@ -148,6 +148,24 @@ def test_the_norm_is_that_of_the_gradients_the_masks_let_through():
     torch.testing.assert_close(optimizer.state[param]["exp_avg"][0], torch.tensor([0.03, 0.0, 0.04]))
 
 
+@pytest.mark.parametrize("dtypes", [(torch.float64,), (torch.float64, torch.float32), (torch.bfloat16, torch.float32)])
+def test_the_norm_is_taken_in_float32_or_better(dtypes):
+    """Clipped as torch clips, for parameters of any dtype and of several."""
+    params = [torch.zeros(5, 7, dtype=dtype, requires_grad=True) for dtype in dtypes]
+    grads = [torch.randn(5, 7).to(dtype) for dtype in dtypes]
+    optimizer = MaskedAdamW(params, lr=0.1, max_norm=0.5)
+    for param, grad in zip(params, grads, strict=True):
+        param.grad = grad.clone()
+    optimizer.step()
+    norm = torch.cat([grad.double().flatten() for grad in grads]).norm()
+    assert norm > 0.5
+    wide = max(dtypes, key=lambda dtype: torch.finfo(dtype).bits)
+    torch.testing.assert_close(optimizer.grad_norm, norm.to(wide))
+    for param, grad in zip(params, grads, strict=True):
+        wanted = grad.double() * 0.1 * 0.5 / (norm + 1e-6)
+        torch.testing.assert_close(optimizer.state[param]["exp_avg"], wanted.to(param.dtype))
+
+
 def test_set_mask_refuses_strangers_and_misfits():
     param = torch.zeros(2, 3, requires_grad=True)
     optimizer = MaskedAdamW([param], lr=0.1)
