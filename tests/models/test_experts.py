@@ -259,6 +259,47 @@ def test_gradients_are_the_same_with_checkpointing(build, family, samples, check
         torch.testing.assert_close(outcomes[1][1][name], grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
+ROUTED = {
+    "float gates": lambda: torch.rand(8, 2),
+    "ids": lambda: [0, 1, -1, 1] * 2,
+    "learned router": lambda: None,
+}
+
+
+@pytest.mark.parametrize("kind", ROUTED)
+def test_autocast_gradients_are_the_same_with_checkpointing(build, family, samples, kind):
+    """bfloat16, backward after both contexts have ended; a router also learns from its balance loss."""
+    is_learned, gates = kind == "learned router", ROUTED[kind]()
+    outcomes = []
+    for checkpoint in (False, True):
+        mllm = build(family)
+        torch.manual_seed(3)
+        router = {"router": "softmax", "router_top_k": 1} if is_learned else {}
+        mllm.add_experts(2, rank=[2, 3], alpha=8, projector_experts=kind == "ids", dropout=0.1, **router)
+        fill_experts(mllm)
+        mllm.set_trainable([True, True], projector=kind == "ids", router=is_learned)
+        if checkpoint:
+            mllm.enable_checkpointing()
+        mllm.train()
+        recomputed = count_calls(mllm)
+        torch.manual_seed(4)
+        with mllm.use_experts(gates), mllm.experts.collecting(), torch.autocast("cpu", torch.bfloat16):
+            logits = mllm.answer_logits(batch := mllm.collate(samples, with_answers=True))
+            loss = F.cross_entropy(logits.float(), batch.answer_labels)
+            loss = loss + sum(routing.balance_loss() for routing in mllm.experts.routings.values())
+        assert logits.dtype == torch.bfloat16
+        loss.backward()
+        assert recomputed() == (2 if checkpoint else 1)
+        trains = {name: p.grad for name, p in mllm.model.named_parameters() if p.requires_grad}
+        for name, grad in trains.items():
+            assert grad.dtype == torch.float32 and grad.abs().max() > 0, name
+        assert any("router" in name for name in trains) == is_learned
+        outcomes.append({"logits": logits.detach(), "loss": loss.detach(), **trains})
+    assert len(outcomes[0]) >= 2 + 2 * 14
+    for name, value in outcomes[0].items():
+        assert torch.equal(outcomes[1][name], value), name
+
+
 def count_calls(mllm):
     calls = []
     layer = next(iter(mllm.expert_layers.values()))
