@@ -16,6 +16,7 @@ from .ops.route import Routing, route
 from .ops.sampled_product_l1 import SampledEntries, sampled_product_l1
 from .ops.soft_target_cross_entropy import soft_target_cross_entropy
 from .optim import MaskedAdamW
+from .tuning import tune
 
 __all__ = [
     "Mask",
@@ -37,4 +38,5 @@ __all__ = [
     "sampled_product_l1",
     "soft_target_cross_entropy",
     "teacher_top_k",
+    "tune",
 ]

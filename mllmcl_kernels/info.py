@@ -11,6 +11,7 @@ import torch
 from . import ops as _ops  # noqa: F401 (declares every op)
 from .library import BACKENDS, backends, build_info
 from .op import REGISTRY
+from .tuning import current_device, describe
 
 __all__ = ["main", "report"]
 
@@ -40,6 +41,7 @@ def report() -> str:
     for backend, state in backends().items():
         remedy = "" if state == "available" else f"  [{REMEDIES[backend]}]"
         lines.append(f"{backend:<10} {state}{remedy}")
+    lines.append(f"{'tuning':<10} {describe(current_device())}")
     lines.append("")
     lines += [f"{name:<24} {value}" for name, value in build_info().items()]
     width = max(map(len, REGISTRY))

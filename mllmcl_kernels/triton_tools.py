@@ -1,4 +1,4 @@
-"""What the Triton files share: products in rank space, dropout's hash, tiles and their tuning, launching.
+"""What the Triton files share: products in rank space, dropout's hash, tiles, launching.
 
 Imports triton, so only files named `triton.py` import this one.
 """
@@ -9,7 +9,6 @@ import contextlib
 import functools
 import math
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +20,7 @@ from torch import Tensor
 from .dropout import COLUMN_STEP, ROW_STEP
 from .library import debug_checks
 from .masks import NONE, OWNER
+from .tuning import bucket, pick_tile
 
 __all__ = [
     "CHUNK",
@@ -32,7 +32,6 @@ __all__ = [
     "GroupedProducts",
     "Tile",
     "Tiles",
-    "bucket",
     "by_dtypes",
     "ceil_div",
     "chunk_mask",
@@ -55,7 +54,6 @@ __all__ = [
     "launch",
     "lives_there",
     "num_processors",
-    "pick_tile",
     "power_of_two",
     "raise_for_ids",
     "rank_product",
@@ -63,7 +61,6 @@ __all__ = [
     "rows_and_ranks",
     "start",
     "table_rows",
-    "tuning",
 ]
 
 #: True where TRITON_INTERPRET=1 was set before triton was imported
@@ -219,54 +216,6 @@ class Tiles:
         if dtype == torch.float32:
             return self.float32
         return self.small if tokens <= 64 else self.medium if tokens <= 1024 else self.large
-
-
-_tuning = False
-_tuned: dict[tuple, Tile] = {}
-
-
-@contextlib.contextmanager
-def tuning() -> Iterator[None]:
-    """While active, the first call of each (kernel, bucket of T, widths, dtype) times every candidate and keeps one.
-
-    Without it the defaults run. Nothing is timed while a CUDA graph is captured or under
-    `torch.use_deterministic_algorithms(True)`, since another tile rounds differently.
-    """
-    global _tuning
-    before, _tuning = _tuning, True
-    try:
-        yield
-    finally:
-        _tuning = before
-
-
-def _may_time(device: torch.device) -> bool:
-    if not _tuning or INTERPRETED or device.type != "cuda" or torch.are_deterministic_algorithms_enabled():
-        return False
-    return not torch.cuda.is_current_stream_capturing()
-
-
-def _seconds(run: Callable[[], object], repeats: int = 10) -> float:
-    run()
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(repeats):
-        run()
-    torch.cuda.synchronize()
-    return (time.perf_counter() - start) / repeats
-
-
-def bucket(tokens: int) -> int:
-    """The power of two at or above T: what tiles are keyed by, never T itself."""
-    return 1 << max(tokens - 1, 0).bit_length()
-
-
-def pick_tile(key: tuple, candidates: Sequence[Tile], device: torch.device, run: Callable[[Tile], object]) -> Tile:
-    """The tile for `key` (kernel's name, bucket, widths, dtype); `run` launches once and may be repeated."""
-    key = (*key, device)
-    if key not in _tuned and len(candidates) > 1 and _may_time(device):
-        _tuned[key] = min(candidates, key=lambda tile: _seconds(lambda: run(tile)))
-    return _tuned.get(key, candidates[0])
 
 
 # -- launching --------------------------------------------------------------------------------------------------------

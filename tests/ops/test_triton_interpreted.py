@@ -512,19 +512,49 @@ def test_groups_of_many_parts(chunk: int, monkeypatch):
 
 
 @inside
-def test_tuning_keeps_the_fastest_and_only_when_asked(monkeypatch):
-    """The default without tuning; the quickest candidate with it, remembered by bucket of T and not by T."""
-    from mllmcl_kernels import triton_tools as tools
+def test_kernels_run_with_the_tiles_that_tune_found(monkeypatch, tmp_path):
+    """By an invented clock the last candidate of each kernel wins; another process reads that, and numbers hold."""
+    from mllmcl_kernels import lora_mix, lora_mix_routed, triton_tools, tune, tuning
 
-    tiles = (tools.Tile(16, 16, 16, 4, 1), tools.Tile(32, 16, 16, 4, 1))
-    monkeypatch.setattr(tools, "_tuned", {})
-    assert tools.pick_tile(("kernel", tools.bucket(100)), tiles, CPU, print) == tiles[0]
-    monkeypatch.setattr(tools, "_may_time", lambda device: True)
-    seconds = iter((2.0, 1.0))
-    monkeypatch.setattr(tools, "_seconds", lambda run: next(seconds))
-    assert tools.pick_tile(("kernel", tools.bucket(100)), tiles, CPU, print) == tiles[1]
-    assert tools.pick_tile(("kernel", tools.bucket(128)), tiles, CPU, print) == tiles[1]
-    assert [tools.bucket(tokens) for tokens in (0, 1, 2, 3, 128, 129)] == [1, 1, 2, 4, 128, 256]
+    monkeypatch.setenv("MLLMCL_TUNING_FOLDER", str(tmp_path))
+    tuning.forget()
+    ticks = iter(range(10**6, 0, -1))
+    launched = []
+    start = triton_tools.start
+
+    def spy(kernel, grid, args, constants, warps, stages):
+        launched.append((kernel.fn.__name__, warps, stages, tuple(sorted(constants.items()))))
+        start(kernel, grid, args, constants, warps, stages)
+
+    monkeypatch.setattr(triton_tools, "start", spy)
+    x, weight, a, b = torch.randn(7, 24), torch.randn(20, 24), torch.randn(8, 24), torch.randn(20, 8)
+    x, a, router = (tensor.half().requires_grad_() for tensor in (x, a, torch.randn(2, 24)))
+
+    def step(backend):
+        y = lora_mix(x, weight.half(), None, a, b.half(), ranks=(4, 4), backend=backend)
+        z, _ = lora_mix_routed(x, weight.half(), None, a, b.half(), router, backend=backend)
+        return torch.autograd.grad((y + z).float().square().sum(), (x, a, router))
+
+    def traced():
+        launched.clear()
+        return step("triton"), tuple(launched)
+
+    grads, by_default = traced()
+    winners = tune(lambda: step("triton"), timer=lambda run: (run(), next(ticks))[1])
+    kernels = {key.split()[0] for key in winners}
+    assert {"lora_mix_shrink", "lora_mix_routed_shrink"} <= kernels
+    tuned_grads, by_winners = traced()
+    assert by_winners != by_default
+    assert [name for name, *_ in by_winners] == [name for name, *_ in by_default]
+    tuning.forget()
+    assert traced()[1] == by_winners
+    for ours, first, truth in zip(tuned_grads, grads, step("reference"), strict=True):
+        torch.testing.assert_close(ours, truth, rtol=2e-2, atol=0.5)
+        torch.testing.assert_close(ours, first, rtol=2e-2, atol=0.5)
+    tuning.forget()
+    monkeypatch.setenv("MLLMCL_TUNING", "0")
+    assert traced()[1] == by_default
+    tuning.forget()
 
 
 @inside

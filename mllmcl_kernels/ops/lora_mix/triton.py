@@ -25,7 +25,6 @@ from ...triton_tools import (
     SOFT_GATES,
     Tile,
     Tiles,
-    bucket,
     ceil_div,
     dot,
     dot_precision,
@@ -35,13 +34,13 @@ from ...triton_tools import (
     keep_tile,
     launch,
     num_processors,
-    pick_tile,
     power_of_two,
     raise_for_ids,
     rank_product,
     rank_tables,
     rows_and_ranks,
 )
+from ...tuning import bucket, pick_tile
 from . import lora_mix_backward_op, lora_mix_op
 
 __all__ = ["adapter_gradients", "choose_expand", "expand", "input_gradient", "rank_gradients", "trainable_runs"]

@@ -22,16 +22,15 @@ from torch import Tensor
 from ...triton_tools import (
     Tile,
     Tiles,
-    bucket,
     ceil_div,
     dot,
     dot_precision,
     dtype_reason,
     launch,
-    pick_tile,
     power_of_two,
     rank_tables,
 )
+from ...tuning import bucket, pick_tile
 from ..lora_mix.triton import (
     adapter_gradients,
     expand,

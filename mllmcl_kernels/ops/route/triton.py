@@ -18,15 +18,14 @@ from torch import Tensor
 from ...triton_tools import (
     Tile,
     Tiles,
-    bucket,
     ceil_div,
     dot,
     dot_precision,
     dtype_reason,
     launch,
-    pick_tile,
     power_of_two,
 )
+from ...tuning import bucket, pick_tile
 from . import fake_routing, route_backward_op, route_op
 from .reference import COSINE_EPSILON, logits_backward
 
