@@ -176,7 +176,8 @@ def _lines(case: Case, best: dict[str, float]):
     for name, reason in case.refused.items():
         yield f"    {name:<26} not timed: {reason}"
     for name, value in case.notes.items():
-        yield f"    {name:<26}{value:>10,.1f}" if isinstance(value, float) else f"    {name:<26}{value:>10,}"
+        told = value if isinstance(value, str) else f"{value:>10,.2f}" if isinstance(value, float) else f"{value:>10,}"
+        yield f"    {name:<26}{told}"
 
 
 def pytest_terminal_summary(terminalreporter, config):

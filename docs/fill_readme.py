@@ -43,9 +43,11 @@ def methods() -> str:
     """Every method with the facts of its class."""
     from mllmcl.methods import available
 
-    facts = ("summary", "source", "stores", "at_test", "deviations")
+    facts = ("summary", "source", "stores", "at_test", "extra_passes", "deviations")
     rows = [[f"`{name}`", *(getattr(method, fact) for fact in facts)] for name, method in available().items()]
-    return table(["name", "what it is", "source", "stores", "needs at test", "deviations"], rows)
+    return table(
+        ["name", "what it is", "source", "stores", "needs at test", "passes beside the batch's", "deviations"], rows
+    )
 
 
 def streams() -> str:

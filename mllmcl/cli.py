@@ -211,7 +211,8 @@ def _methods(arguments: list[str]) -> int:
 
     for name, method in available().items():
         print(f"{name}\n  {method.summary}\n  source      {method.source}\n  stores      {method.stores}")
-        print(f"  at test     needs {method.at_test}\n  deviations  {method.deviations}")
+        beside = f"\n  step        and {method.extra_passes}" if method.extra_passes else ""
+        print(f"  at test     needs {method.at_test}{beside}\n  deviations  {method.deviations}")
     return 0
 
 

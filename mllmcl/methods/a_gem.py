@@ -26,6 +26,7 @@ class AGem(ReferenceGradientMethod, LoraMethod):
     source: ClassVar[str] = "Chaudhry et al. 2019 (arXiv:1812.00420)"
     stores: ClassVar[str] = "ids of `per_task` samples of each task, or of `capacity` samples in all"
     at_test: ClassVar[str] = "nothing"
+    extra_passes: ClassVar[str] = "forward and backward of a batch of stored samples"
 
     def _references(self) -> list[list]:
         return [self.draw(self.buffer_batch)[0]]

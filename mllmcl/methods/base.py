@@ -72,6 +72,8 @@ class Method:
     stores: ClassVar[str] = ""
     at_test: ClassVar[str] = ""
     deviations: ClassVar[str] = "none"
+    #: what a training step runs beside forward and backward of its own batch
+    extra_passes: ClassVar[str] = ""
     #: whether an expert, once its task has ended, never changes: an item routed to it keeps its answer
     isolated: ClassVar[bool] = False
     #: whether an expert that trained is what the task learned, worth a folder in PEFT's format

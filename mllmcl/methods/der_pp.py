@@ -36,6 +36,7 @@ class DerPp(BatchReplayMethod, LoraMethod):
     source: ClassVar[str] = "Buzzega et al. 2020 (arXiv:2004.07211)"
     stores: ClassVar[str] = "ids of samples as in er; `top_k` logits and tokens of each of their answer tokens"
     at_test: ClassVar[str] = "nothing"
+    extra_passes: ClassVar[str] = "forward and backward of two batches of stored samples"
     deviations: ClassVar[str] = (
         "stores the largest logits of the vocabulary and compares by divergence instead of squared distance of all; "
         "samples and logits are taken when a task ends, not while it is learned"

@@ -26,6 +26,7 @@ class Er(BatchReplayMethod, LoraMethod):
     source: ClassVar[str] = "Chaudhry et al. 2019 (arXiv:1902.10486)"
     stores: ClassVar[str] = "ids of `per_task` samples of each task, or of `capacity` samples in all"
     at_test: ClassVar[str] = "nothing"
+    extra_passes: ClassVar[str] = "forward and backward of a batch of stored samples"
     deviations: ClassVar[str] = "the buffer takes up a task's samples when the task ends, not while it is learned"
 
     beta: float = 1.0

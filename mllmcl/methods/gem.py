@@ -73,6 +73,7 @@ class Gem(ReferenceGradientMethod, LoraMethod):
     source: ClassVar[str] = "Lopez-Paz and Ranzato 2017 (arXiv:1706.08840)"
     stores: ClassVar[str] = "ids of `per_task` samples of each task, or of `capacity` samples in all"
     at_test: ClassVar[str] = "nothing"
+    extra_passes: ClassVar[str] = "forward and backward of stored samples of every old task"
     deviations: ClassVar[str] = (
         "old gradients from a draw of `buffer_batch` samples, not all; legacy: the public code's margin and ridge"
     )

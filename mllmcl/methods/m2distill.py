@@ -40,9 +40,10 @@ class M2Distill(PreviousModelMethod):
     source: ClassVar[str] = "M2Distill (arXiv:2410.00064), for language models instead of a robot's policy"
     stores: ClassVar[str] = "the model of the last task: one LoRA and projector"
     at_test: ClassVar[str] = "nothing"
+    extra_passes: ClassVar[str] = "forward of the old model"
     deviations: ClassVar[str] = (
         "answer tokens take the place of actions, with the exact divergence; distances are relative, for the paper's "
-        "weights are not published; no memory of samples; a second forward pass in each step"
+        "weights are not published; no memory of samples"
     )
 
     taps: dict[str, float] = field(default_factory=lambda: {IMAGE: 1.0, LANGUAGE: 1.0})

@@ -41,9 +41,10 @@ class MulKi(PreviousModelMethod):
     source: ClassVar[str] = "MulKI (arXiv:2411.06764), in a form for language models that generate"
     stores: ClassVar[str] = "the model of the last task: one LoRA and projector; `prototypes` features of each task"
     at_test: ClassVar[str] = "nothing"
+    extra_passes: ClassVar[str] = "forward of base and old model"
     deviations: ClassVar[str] = (
         "written for CLIP, whose classes are its prototypes; here they are centres of a task's prompts; the paper's "
-        "weights are not published; two further forward passes in each step"
+        "weights are not published"
     )
 
     distil: float = 1.0
