@@ -36,11 +36,11 @@ class Sefe(MergedLoraMethod):
     summary: ClassVar[str] = "LoRA merged at each boundary, kept small at old tasks' key entries; answer styles vary"
     source: ClassVar[str] = "SEFE (arXiv:2505.02486), its RegLoRA and answer style diversification"
     stores: ClassVar[str] = (
-        "the merged weights, one LoRA and the projector; for each task the places of 2 % of the weights"
+        "the merged weights, one LoRA and the projector; for each task an int32 for each key entry (2 % of the weights)"
     )
     at_test: ClassVar[str] = "nothing"
     deviations: ClassVar[str] = (
-        "styles are written by rules, not by a language model: multiple choice, yes or no, a full sentence and a blank to "
+        "styles are written by rules, not by a language model: multiple choice, yes or no, a full sentence, a blank to "
         "fill, no explanations; the last task's LoRA stays beside the base; MCITlib has no styles (style_share=0)"
     )
 

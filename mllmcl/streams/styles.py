@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import string
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,7 +14,7 @@ __all__ = ["STYLES", "diversified"]
 
 #: a multiple choice has at most so many options
 MOST_OPTIONS = 4
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+LETTERS = tuple(string.ascii_uppercase)
 
 
 def _key(answer: str) -> str:
@@ -46,7 +47,7 @@ def multiple_choice(draft: Draft) -> tuple[str, str] | None:
     options = [draft.answer, *draft.wrong[: MOST_OPTIONS - 1]]
     random.Random(derive_seed(draft.seed, "options")).shuffle(options)
     lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]
-    question = "\n".join([draft.question, *lines, "Answer with the letter of the right option."])
+    question = "\n".join([draft.question, *lines, "Answer with the letter of the correct option."])
     return question, LETTERS[options.index(draft.answer)]
 
 
@@ -54,15 +55,15 @@ def yes_no(draft: Draft) -> tuple[str, str] | None:
     if not draft.wrong or _key(draft.answer) in ("yes", "no"):
         return None
     shown, answer = (draft.wrong[0], "No") if draft.turn % 2 else (draft.answer, "Yes")
-    return f'{draft.question}\nIs "{shown}" the right answer? Answer with yes or no.', answer
+    return f'{draft.question}\nIs "{shown}" the correct answer? Answer with yes or no.', answer
 
 
 def sentence(draft: Draft) -> tuple[str, str]:
-    return f"{draft.question}\nAnswer in a full sentence.", f"The right answer is {draft.answer.rstrip('.')}."
+    return f"{draft.question}\nAnswer in a full sentence.", f"The correct answer is {draft.answer.rstrip('.')}."
 
 
 def fill_in(draft: Draft) -> tuple[str, str]:
-    return f'{draft.question}\nFill in the blank: "The right answer is ____."', draft.answer
+    return f'{draft.question}\nFill in the blank: "The correct answer is ____."', draft.answer
 
 
 #: name -> what makes question and answer of a draft; None where it makes no sense
@@ -77,21 +78,22 @@ STYLES: dict[str, Callable[[Draft], tuple[str, str] | None]] = {
 def diversified(samples: Sequence[Sample], share: float, seed: int = 0) -> list[Sample]:
     """The samples with a share of them asked in another answer style; their number, order and pictures stay.
 
-    The `round(share * n)` samples whose hash with `seed` is smallest are rewritten, so that a smaller share is a part of
-    a larger one. They are given the styles of `STYLES` in turn, the next one where one makes no sense: a multiple choice
-    of one right and up to three wrong answers, told by letter; whether an answer is right, every second time a wrong
-    one; a full sentence; a blank to be filled. Wrong answers are the right ones of other samples of the same task, with
-    the same question where there are such; without any only the last two styles are left. A rewritten sample's id ends
-    in its style, which its metadata name too.
+    The `round(share * n)` samples whose hash with `seed` is smallest are rewritten, so that a smaller share is a part
+    of a larger one. They are given the styles of `STYLES` in turn, the next one where one makes no sense: a multiple
+    choice of the right and up to three wrong answers, to be told by letter; whether an answer is right, every second
+    time a wrong one; a full sentence; a blank to be filled. Wrong answers are those of other samples of the task, with
+    the same question if there are such; where there are none at all, the last two styles are left. A rewritten sample
+    bears its style at the end of its id and in its metadata.
 
-    Source: the answer style diversification of Chen et al. (arXiv:2505.02486), which has a language model write the
-    wrong answers, and explanations where this has sentences and blanks.
+    Source: the answer style diversification of Chen et al. (arXiv:2505.02486). There a language model writes wrong
+    answers, and explanations in place of sentences and blanks.
 
     Raises:
         ValueError: share is not in [0, 1].
 
     >>> animals = [Sample(id=str(n), task="t", question="What?", answer=name) for n, name in enumerate(["cat", "dog"])]
     >>> [sample.answer for sample in diversified(animals, 1.0)]
+    ['B', 'Yes']
     """
     if not 0.0 <= share <= 1.0:
         raise ValueError(f"share must be in [0, 1], got {share}")
