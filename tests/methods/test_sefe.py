@@ -91,7 +91,7 @@ def test_one_step_of_the_third_task_is_the_papers(stream):
     theirs = plain_step(plain, answer_loss + penalty)
     # the 1 / (L n_l) of the entries are float32 numbers
     torch.testing.assert_close(our_step(mllm, method, samples), theirs, rtol=6e-8, atol=1e-10)
-    same_lora(mllm, plain, rtol=1e-7)
+    same_lora(mllm, plain, rtol=1e-6)
 
 
 def test_key_entries_are_the_largest_of_each_task_and_stay_twice_where_both_have_them(stream):
