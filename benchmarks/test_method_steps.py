@@ -1,4 +1,4 @@
-"""A training step of every method beside one of plain LoRA with the same total rank, in the stream's second task."""
+"""A training step of every method beside one of plain LoRA with the same total rank and samples, in a second task."""
 
 from __future__ import annotations
 
@@ -80,18 +80,17 @@ def stepper(name: str, options: dict, tiny: bool, device: torch.device):
             # a method may train keys first and a router last
             phase = next((phase for phase in phases if phase.name == "train"), phases[0])
             method.on_phase_start(task, phase)
-            step = _step_of(mllm, method, phase)
+            step = _step_of(mllm, method, task.train[:BATCH])
             step()
     return mllm, step
 
 
-def _step_of(mllm: MLLM, method, phase):
+def _step_of(mllm: MLLM, method, samples: list[Sample]):
     trained = mllm.trained_parameters()
     optimizer = MaskedAdamW(trained.values(), lr=1e-4, max_norm=1.0)
     for name, mask in method.parameter_masks().items():
         if name in trained:
             optimizer.set_mask(trained[name], mask)
-    samples = list(phase.samples)[:BATCH]
     mllm.train()
 
     def step() -> None:
