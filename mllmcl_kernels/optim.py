@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .checks import expect
-from .masks import Mask
-from .ops.masked_adamw import masked_adamw_
+from .checks import expect, expect_number
+from .masks import Mask, flatten_masks
+from .ops.masked_adamw import masked_adamw_op
 
 __all__ = ["MaskedAdamW"]
+
+
+@dataclass
+class _Cohort:
+    """Parameters of a group that stand at one step, their state, and their masks as the op takes them."""
+
+    params: list[Tensor]
+    states: list[dict]
+    count: float
+    masks: tuple[list, list, list]
+
+    def holds(self, state: dict) -> bool:
+        """Whether the state is still the optimizer's own and stands where it is thought to stand."""
+        same = all(state.get(param) is own for param, own in zip(self.params, self.states, strict=True))
+        return same and float(self.states[0]["step"]) == self.count
 
 
 class MaskedAdamW(torch.optim.Optimizer):
@@ -53,6 +69,8 @@ class MaskedAdamW(torch.optim.Optimizer):
         self.max_norm = max_norm
         self.state_dtype = state_dtype
         self._masks: dict[Tensor, Mask] = {}
+        #: by number of the group: its parameters with a gradient at the last step, and their cohorts
+        self._known: dict[int, tuple[list[Tensor], list[_Cohort]]] = {}
         #: global norm of the masked gradients at the last step, a 0-dim tensor on the device, float32 or better
         self.grad_norm: Tensor | None = None
 
@@ -60,6 +78,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         """Let only the entries that `mask` allows change from the next step on; None lifts the mask."""
         known = any(param is member for group in self.param_groups for member in group["params"])
         expect(known, "MaskedAdamW.set_mask", "param", "a parameter of this optimizer", tuple(param.shape))
+        self._known.clear()
         if mask is None:
             self._masks.pop(param, None)
             return
@@ -114,30 +133,47 @@ class MaskedAdamW(torch.optim.Optimizer):
                 loss = closure()
         if self._only_initialises():
             return loss
-        scale = self._scale()
-        for group in self.param_groups:
+        scale = expect_number("MaskedAdamW", "grad_scale", self._scale())
+        for number, group in enumerate(self.param_groups):
             params = [param for param in group["params"] if param.grad is not None]
-            if not params:
-                continue
-            counts = [self._moments(param)["step"] for param in params]
-            torch._foreach_add_(counts, 1.0)
-            by_step: dict[float, list[Tensor]] = {}
-            for param, count in zip(params, counts, strict=True):
-                by_step.setdefault(float(count), []).append(param)
-            # parameters that joined at different times stand at different steps
-            for count, params in by_step.items():
-                states = [self.state[param] for param in params]
-                masked_adamw_(
-                    params,
-                    [param.grad for param in params],
-                    [state["exp_avg"] for state in states],
-                    [state["exp_avg_sq"] for state in states],
-                    [self._masks.get(param) for param in params],
-                    step=max(count, 1.0),
-                    lr=group["lr"],
-                    betas=group["betas"],
-                    eps=group["eps"],
-                    weight_decay=group["weight_decay"],
-                    grad_scale=scale,
+            lr = expect_number("MaskedAdamW", "lr", group["lr"], ">= 0", 0)
+            beta1, beta2 = group["betas"]
+            for cohort in self._cohorts(number, params):
+                torch._foreach_add_([state["step"] for state in cohort.states], 1.0)
+                cohort.count += 1.0
+                # torch sees to it that gradients fit their parameters, so that nothing is checked again
+                masked_adamw_op(
+                    cohort.params,
+                    [param.grad for param in cohort.params],
+                    [state["exp_avg"] for state in cohort.states],
+                    [state["exp_avg_sq"] for state in cohort.states],
+                    *cohort.masks,
+                    torch.tensor(cohort.count, dtype=torch.float64),
+                    lr,
+                    scale,
+                    beta1,
+                    beta2,
+                    group["eps"],
+                    group["weight_decay"],
                 )
         return loss
+
+    def _cohorts(self, number: int, params: list[Tensor]) -> list[_Cohort]:
+        """The parameters that have a gradient, by the step they stand at: those that joined later are behind."""
+        before, cohorts = self._known.get(number, ([], []))
+        same = len(before) == len(params) and all(old is new for old, new in zip(before, params, strict=True))
+        if not same or not all(cohort.holds(self.state) for cohort in cohorts):
+            by_step: dict[float, list[Tensor]] = {}
+            for param in params:
+                by_step.setdefault(float(self._moments(param)["step"]), []).append(param)
+            cohorts = [
+                _Cohort(
+                    members,
+                    [self.state[param] for param in members],
+                    count,
+                    flatten_masks("MaskedAdamW", members, [self._masks.get(param) for param in members]),
+                )
+                for count, members in by_step.items()
+            ]
+            self._known[number] = params, cohorts
+        return cohorts

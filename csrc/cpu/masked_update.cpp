@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "lanes.h"
 #include "lists.h"
 
 namespace mllmcl {
@@ -12,20 +13,46 @@ struct Adam {
   float rate_decay, beta1, rest1, beta2, rest2, eps, step_size, inverse_root, scale;
 };
 
+MLLMCL_INLINE void adam_one(float* p, float* m, float* v, const float* g, const Adam& a) {
+  const float grad = *g * a.scale;
+  const float mean = *m * a.beta1 + grad * a.rest1;
+  const float square = *v * a.beta2 + grad * grad * a.rest2;
+  *m = mean;
+  *v = square;
+  *p = *p * a.rate_decay - a.step_size * mean / (std::sqrt(square) * a.inverse_root + a.eps);
+}
+
+// A length that the compiler knows becomes whole vectors, however short a stretch is.
+template <int64_t kCount>
+MLLMCL_INLINE void adam_piece(float* __restrict__ p, float* __restrict__ m, float* __restrict__ v,
+                              const float* __restrict__ g, const Adam& a) {
+  for (int64_t i = 0; i < kCount; ++i) adam_one(p + i, m + i, v + i, g + i, a);
+}
+
 // `blocks` stretches of `count` numbers, `stride` apart: one expert's columns of every row in a single call
 MLLMCL_CLONES void adam_span(float* __restrict__ p, float* __restrict__ m, float* __restrict__ v,
                              const float* __restrict__ g, int64_t count, int64_t stride, int64_t blocks,
                              const Adam& a) {
-  for (int64_t block = 0; block < blocks; ++block) {
-    const int64_t start = block * stride;
-    for (int64_t i = start; i < start + count; ++i) {
-      const float grad = g[i] * a.scale;
-      const float mean = m[i] * a.beta1 + grad * a.rest1;
-      const float square = v[i] * a.beta2 + grad * grad * a.rest2;
-      m[i] = mean;
-      v[i] = square;
-      p[i] = p[i] * a.rate_decay - a.step_size * mean / (std::sqrt(square) * a.inverse_root + a.eps);
+  constexpr int64_t kPiece = 8, kShort = 128, kAhead = 16;
+  if (count > kShort) {
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t start = block * stride;
+      for (int64_t i = start; i < start + count; ++i) adam_one(p + i, m + i, v + i, g + i, a);
     }
+    return;
+  }
+  for (int64_t block = 0; block < blocks; ++block) {
+    int64_t i = block * stride;
+    const int64_t end = i + count;
+    if (block + kAhead < blocks) {
+      const int64_t next = i + kAhead * stride;
+      __builtin_prefetch(p + next, 1);
+      __builtin_prefetch(m + next, 1);
+      __builtin_prefetch(v + next, 1);
+      __builtin_prefetch(g + next, 0);
+    }
+    for (; i + kPiece <= end; i += kPiece) adam_piece<kPiece>(p + i, m + i, v + i, g + i, a);
+    for (; i < end; ++i) adam_one(p + i, m + i, v + i, g + i, a);
   }
 }
 
