@@ -364,7 +364,7 @@ def _bytes(count: int) -> str:
 
 
 def _run_facts(runs: list[RunFiles], names: list[str]) -> str:
-    """Seconds a step, share of expert mixing, peak memory and trainable parameters of each run, where known."""
+    """Seconds a step, share of expert mixing, peak memory, trainable and stored size of each run, where known."""
     rows = []
     for run, name in zip(runs, names, strict=True):
         metrics, facts = run.metrics, []
@@ -376,6 +376,8 @@ def _run_facts(runs: list[RunFiles], names: list[str]) -> str:
             facts.append(f"peak {_bytes(metrics['peak_memory_bytes'])}")
         if metrics.get("trainable_parameters") is not None:
             facts.append(f"{metrics['trainable_parameters']:,} trainable parameters")
+        if metrics.get("stored_bytes") is not None:
+            facts.append(f"{_bytes(metrics['stored_bytes'])} kept of model and method")
         label = f"{escape(name)}: " if len(runs) > 1 else ""
         rows += [label + ", ".join(facts) + "."] if facts else []
     return f'<p class="caption" style="margin-top:1rem">{"<br>".join(rows)}</p>' if rows else ""

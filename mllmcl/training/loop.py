@@ -142,14 +142,6 @@ def _restore_rng(run: Run) -> None:
         run.pending = None
 
 
-def _saved(run: Run) -> dict[str, torch.Tensor]:
-    """What a checkpoint holds of the model: everything that may train, and what trains now."""
-    return {
-        **run.mllm.trainable_state(),
-        **{name: value.detach() for name, value in run.mllm.trained_parameters().items()},
-    }
-
-
 def _restore_model(run: Run) -> None:
     """Grow the experts to what the checkpoint has, then copy every tensor of it."""
     state, tensors = run.pending.state, run.pending.tensors
@@ -171,7 +163,7 @@ def _checkpoint(run: Run, pin: bool = False) -> None:
     moments, slots = ({}, None) if run.optimizer is None else optimizer_tensors(run.optimizer, names)
     run.position.checkpoint += 1
     tensors = {
-        "model": _saved(run),
+        "model": records.saved_parameters(run),
         "method": run.method.state_tensors(),
         "optimizer": moments,
         "rng": rng_tensors,

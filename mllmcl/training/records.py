@@ -297,12 +297,18 @@ def write_samples(run: Run) -> None:
     atomic_write_json(run.folder / "samples" / "samples.json", entries)
 
 
+def saved_parameters(run: Run) -> dict[str, torch.Tensor]:
+    """What a checkpoint holds of the model: everything that may train, and what trains now."""
+    trained = {name: value.detach() for name, value in run.mllm.trained_parameters().items()}
+    return {**run.mllm.trainable_state(), **trained}
+
+
 def finish(run: Run) -> Report:
     """The report of a run that has learned every task."""
     results, config = run.results, run.config
     # the first steps of a process warm caches up
     steady = results["step_seconds"][3:] or results["step_seconds"]
-    shares = results["mixing_share"]
+    shares, parameters = results["mixing_share"], saved_parameters(run)
     metrics = {
         **compute_metrics(_matrix(run), read_predictions(run.folder), seed=config.seed),
         "language_perplexity": [value for _, value in results["language"]] or None,
@@ -311,7 +317,8 @@ def finish(run: Run) -> Report:
         "train_seconds": round(sum(results["step_seconds"]), 1),
         "evaluation_seconds": round(sum(results["evaluation_seconds"]), 1),
         "peak_memory_bytes": peak_memory(run),
-        "trainable_parameters": sum(value.numel() for value in run.mllm.trainable_state().values()),
+        "trainable_parameters": sum(value.numel() for value in parameters.values()),
+        "stored_bytes": sum(value.nbytes for value in (*parameters.values(), *run.method.state_tensors().values())),
         "eval_batch_size": config.eval_batch_size,
         "dtype": "bfloat16 autocast" if config.bf16 else str(run.mllm.dtype).removeprefix("torch."),
         "seed": config.seed,

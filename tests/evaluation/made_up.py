@@ -92,6 +92,7 @@ def _write_metrics(folder: Path, matrix: AccuracyMatrix, predictions: dict, keep
         "share_expert_mixing": 0.117,
         "peak_memory_bytes": int(3.2 * 2**30),
         "trainable_parameters": 4_884_480,
+        "stored_bytes": 19_537_920,
         "eval_batch_size": 32,
         "dtype": "float32",
         "note": NOTE,

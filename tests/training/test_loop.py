@@ -120,6 +120,8 @@ def test_a_run_folder_holds_what_it_should(finished):
     assert report.matrix.num_learned == 3 and report.matrix.zero_shot is not None
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["method"] == "mr_lora" and metrics["router"]["accuracy"] == 1.0
+    # beside parameters in float32 four prototypes for each task, their features and an int64 owner
+    assert metrics["stored_bytes"] == 4 * metrics["trainable_parameters"] + 12 * (4 * (12 + 32) + 8)
     assert metrics["seconds_per_step"] > 0 and metrics["peak_memory_bytes"] > 0 and metrics["eval_batch_size"] == 32
     assert metrics["bwt"].keys() >= {"T", "T-1"}
     steps = [event for event in read_jsonl(folder / "events.jsonl") if event["event"] == "step"]
