@@ -1,6 +1,6 @@
-"""Fill the tables of README.md from the code: `python docs/fill_readme.py`.
+"""Fill the tables of README.md and benchmarks/README.md from code and results: `python docs/fill_readme.py`.
 
-With `--check` it writes nothing and ends with 1 where they are not up to date.
+With `--check` it writes nothing and ends with 1 where one is not up to date.
 
 A table stands between `<!-- NAME -->` and `<!-- /NAME -->`.
 """
@@ -10,12 +10,14 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import json
 import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 README = Path(__file__).parents[1] / "README.md"
+BENCHMARKS = README.parent / "benchmarks" / "README.md"
 PROVIDERS = {"C++": "cpp", "Triton": "triton", "CUDA C++": "cuda"}
 
 
@@ -60,9 +62,75 @@ def streams() -> str:
     )
 
 
-def filled(text: str) -> str:
-    """README's text with every table as the code has it now."""
-    for name, make in {"ops": ops, "methods": methods, "streams": streams}.items():
+def races() -> str:
+    """Every case of `results/*.json` that has a peer: ours, the best peer, the loop over experts, and the limit."""
+    rows = []
+    for path in sorted((BENCHMARKS.parent / "results").glob("*.json")):
+        found = json.loads(path.read_text())
+        device = f"{found['device']}, {found['date'][:10]}"
+        for case in found["cases"]:
+            if not case["peer_over_ours"] or case["op"] == "training step":
+                continue
+            peers = {name: ratio for name, ratio in case["peer_over_ours"].items() if name != "base linear"}
+            best = min(peers, key=peers.get)
+            loop = next((f"{ratio:.2f}x" for name, ratio in peers.items() if name.startswith("loop")), "")
+            ours = 1e3 * case["seconds"]["ours"]["median"]
+            share = case["rates"].get("ours", {}).get("share")
+            limit = "" if share is None else f"{100 * share:.0f} %"
+            name = case["case"].replace("|", "\\|")
+            rows.append([case["op"], name, f"{ours:.2f}", best, f"{peers[best]:.2f}x", loop, limit, device])
+    return table(("op", "case", "ours, ms", "best peer", "best peer / ours", "loop / ours", "of limit", "device"), rows)
+
+
+def steps() -> str:
+    """Every method's step beside plain LoRA's, from `results/*.json`."""
+    rows = []
+    for path in sorted((BENCHMARKS.parent / "results").glob("*.json")):
+        found = json.loads(path.read_text())
+        for case in found["cases"]:
+            if case["op"] == "training step":
+                name, _, rest = case["case"].partition(", ")
+                passes, ratio = case["notes"].get("in addition", ""), case["notes"]["of lora's step"]
+                rows.append([f"`{name}`", rest, f"{ratio:.2f}", passes, f"{found['device']}, {found['date'][:10]}"])
+    return table(("method", "case", "of plain LoRA's step", "in addition", "device"), rows)
+
+
+def sweep() -> str:
+    """Every finished run of `results/methods/*.json`."""
+    rows = []
+    for path in sorted((BENCHMARKS.parent / "results" / "methods").glob("*.json")):
+        found = json.loads(path.read_text())
+        metrics, told = found["metrics"], found["metrics"]["language_perplexity"]
+        low, high = metrics["intervals"]["last"]
+        rows.append(
+            [
+                metrics["stream"], f"`{metrics['method']}`", str(metrics["seed"]),
+                f"{100 * metrics['last']:.1f} ({100 * low:.0f}..{100 * high:.0f})", f"{100 * metrics['average']:.1f}",
+                f"{100 * metrics['finetune']:.1f}", f"{100 * metrics['bwt']['T-1']:.1f}",
+                "" if not metrics["router"] else f"{100 * metrics['router']['accuracy']:.0f}",
+                "" if not told else f"{told[0]:.1f} to {told[-1]:.1f}",
+                f"{metrics['trainable_parameters'] / 1e6:.1f}", f"{metrics['stored_bytes'] / 1e6:.0f}",
+                f"{metrics['peak_memory_bytes'] / 2**30:.1f}", metrics["finished"][:10],
+            ]
+        )  # fmt: skip
+    head = (
+        "stream", "method", "seed", "last (95 %)", "average", "just trained", "BWT", "router, %", "perplexity",
+        "trainable, M", "kept, MB", "peak, GiB", "date",
+    )  # fmt: skip
+    return table(head, rows)
+
+
+#: file to its tables
+TABLES = {
+    README: {"ops": ops, "methods": methods, "streams": streams},
+    BENCHMARKS: {"races": races, "steps": steps, "sweep": sweep},
+}
+
+
+def filled(path: Path) -> str:
+    """A file's text with every table as the code and the results have it now."""
+    text = path.read_text()
+    for name, make in TABLES[path].items():
         text, count = re.subn(
             rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)",
             lambda m, make=make: m[1] + make() + m[2],
@@ -70,19 +138,21 @@ def filled(text: str) -> str:
             flags=re.DOTALL,
         )
         if count != 1:
-            raise ValueError(f"{README.name}: expected one block <!-- {name} -->, found {count}")
+            raise ValueError(f"{path.name}: expected one block <!-- {name} -->, found {count}")
     return text
 
 
 def main() -> int:
-    """0 where README is up to date or was written, 1 where `--check` finds it old."""
+    """0 where the files are up to date or were written, 1 where `--check` finds one old."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing")
     check = parser.parse_args().check
-    old = README.read_text()
-    new = filled(old)
-    if new != old and not check:
-        README.write_text(new)
+    old = {path: path.read_text() for path in TABLES}
+    new = {path: filled(path) for path in TABLES}
+    if not check:
+        for path in TABLES:
+            if new[path] != old[path]:
+                path.write_text(new[path])
     return int(check and new != old)
 
 
