@@ -8,7 +8,9 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,6 +31,7 @@ class SweepConfig:
         methods: name -> options; "all" takes every method with its defaults.
         streams: name -> {"options": of the stream, "methods": names of the methods that run on it, all by default}.
         seeds: of the runs.
+        jobs: runs side by side; they share the processors evenly unless OMP_NUM_THREADS says how many each takes.
     """
 
     runs: str
@@ -36,6 +39,7 @@ class SweepConfig:
     methods: dict[str, dict] | str = "all"
     streams: dict[str, dict] = field(default_factory=lambda: {"pocket-domain": {}})
     seeds: list[int] = field(default_factory=lambda: [0])
+    jobs: int = 1
 
     def __post_init__(self) -> None:
         from . import methods
@@ -44,6 +48,8 @@ class SweepConfig:
             self.methods = {name: {} for name in methods.available()}
         if not isinstance(self.methods, dict):
             raise ValueError(f'sweep.methods must be "all" or name -> options, got {self.methods!r}')
+        if type(self.jobs) is not int or self.jobs < 1:
+            raise ValueError(f"sweep.jobs must be a whole number of at least 1, got {self.jobs!r}")
         for name, options in self.methods.items():
             methods.create(name, **(options or {}))
         for stream, settings in self.streams.items():
@@ -86,15 +92,22 @@ def _is_done(cell: Cell, path: Path) -> bool:
     return path.is_file() and json.loads(path.read_text()).get("digest") == cell.digest
 
 
-def _run(cell: Cell, result: Path) -> str | None:
-    """Run one cell to its end and write its JSON; the last line of its errors where it failed."""
+def _run(cell: Cell, result: Path, jobs: int) -> str | None:
+    """Run one cell to its end and write its JSON; the last line of its errors where it failed.
+
+    What it prints goes to `output.txt` where others print too.
+    """
     folder = Path(cell.request["train"]["output_dir"])
     folder.mkdir(parents=True, exist_ok=True)
     request = folder / "request.yaml"
     atomic_write(request, yaml.safe_dump(cell.request, sort_keys=False))
-    child = subprocess.run(
-        [sys.executable, "-m", "mllmcl", "run", str(request)], stderr=subprocess.PIPE, text=True, check=False
-    )
+    command = [sys.executable, "-m", "mllmcl", "run", str(request)]
+    if jobs == 1:
+        child = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    else:
+        share = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs)), **os.environ}
+        with open(folder / "output.txt", "w") as out:
+            child = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, text=True, check=False, env=share)
     if child.returncode != 0:
         atomic_write(folder / "errors.txt", child.stderr)
         return (child.stderr.strip().splitlines() or [f"exit code {child.returncode}"])[-1]
@@ -103,7 +116,6 @@ def _run(cell: Cell, result: Path) -> str | None:
         "digest": cell.digest,
         "request": cell.request,
         "processor": _processor(),
-        "threads": os.cpu_count(),
         "matrix": json.loads((folder / "matrix.json").read_text()),
         "metrics": json.loads((folder / "metrics.json").read_text()),
     }
@@ -136,29 +148,46 @@ def run_sweep(path: str | Path, say: Callable[[str], None]) -> int:
     shared = yaml.safe_load(Path(path).read_text())
     sweep = SweepConfig(**shared.pop("sweep"))
     results = Path(sweep.results)
-    failed: dict[str, str] = {}
-    done: dict[str, list[Path]] = {}
     found = list(cells(sweep, shared))
-    for place, cell in enumerate(found, start=1):
-        result = results / f"{cell.name}.json"
+
+    def work(place: int, cell: Cell) -> str | None:
+        result, label = results / f"{cell.name}.json", f"{place}/{len(found)} {cell.name}"
         if _is_done(cell, result):
-            say(f"{place}/{len(found)} {cell.name}: done before")
-        else:
-            say(f"{place}/{len(found)} {cell.name}")
-            reason = _run(cell, result)
-            if reason is not None:
-                failed[cell.name] = reason
-                say(f"{cell.name} failed: {reason}")
-                continue
-        done.setdefault(cell.stream, []).append(Path(cell.request["train"]["output_dir"]))
-        _compare(cell.stream, done[cell.stream], results)
-    return 1 if failed else 0
+            say(f"{label}: done before")
+            return None
+        say(label)
+        reason = _run(cell, result, sweep.jobs)
+        if reason is not None:
+            say(f"{cell.name} failed: {reason}")
+        return reason
+
+    done: dict[str, list[Cell]] = {}
+    pool = ThreadPoolExecutor(sweep.jobs)
+    try:
+        reasons = [(cell, pool.submit(work, place, cell)) for place, cell in enumerate(found, start=1)]
+        # the page grows with the runs, in their order
+        for cell, reason in reasons:
+            if reason.result() is None:
+                done.setdefault(cell.stream, []).append(cell)
+                _compare(cell.stream, done[cell.stream], results)
+    finally:
+        # an interrupt ends the runs under way and begins no others
+        pool.shutdown(cancel_futures=True)
+    return 1 if any(reason.result() is not None for _, reason in reasons) else 0
 
 
-def _compare(stream: str, folders: list[Path], results: Path) -> None:
-    """The page over all finished runs of a stream that lie on this machine."""
+def _compare(stream: str, done: list[Cell], results: Path) -> None:
+    """The page over all finished runs of a stream; of those made elsewhere it shows what their JSON holds."""
     from .evaluation import write_report
 
-    here = [folder for folder in folders if (folder / "matrix.json").is_file()]
-    if here:
-        write_report(here, results / f"report-{stream}.html")
+    with tempfile.TemporaryDirectory() as kept:
+        folders = []
+        for cell in done:
+            folder = Path(cell.request["train"]["output_dir"])
+            if not (folder / "matrix.json").is_file():
+                values = json.loads((results / f"{cell.name}.json").read_text())
+                folder = Path(kept) / cell.name
+                atomic_write_json(folder / "matrix.json", values["matrix"])
+                atomic_write_json(folder / "metrics.json", values["metrics"])
+            folders.append(folder)
+        write_report(folders, results / f"report-{stream}.html")

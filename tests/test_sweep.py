@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,24 @@ def test_a_sweep_runs_what_is_missing_and_compares_all(config):
     assert (root / "results/tasks-lora-seed0.json").stat().st_mtime_ns == kept
 
 
+def test_runs_side_by_side_give_what_one_after_the_other_gives(config, tmp_path):
+    """Also: the page shows runs of which only the JSON is here."""
+    values = yaml.safe_load(config.read_text())
+    alone = Path(values["sweep"]["results"])
+    values["sweep"].update(runs=str(tmp_path / "runs"), results=str(tmp_path / "results"), jobs=2)
+    path = tmp_path / "sweep.yaml"
+    path.write_text(yaml.safe_dump(values))
+    assert run_sweep(path, print) == 0
+    for result in sorted((tmp_path / "results").glob("*.json")):
+        assert json.loads(result.read_text())["matrix"] == json.loads((alone / result.name).read_text())["matrix"]
+    assert "last (MFN)" in (tmp_path / "runs/tasks-lora-seed0/output.txt").read_text()
+    page = tmp_path / "results/report-tasks.html"
+    shutil.rmtree(tmp_path / "runs")
+    page.unlink()
+    assert run_sweep(path, print) == 0
+    assert "replay" in page.read_text() and not (tmp_path / "runs").exists()
+
+
 def test_a_run_that_fails_does_not_stop_the_others(config, tmp_path):
     values = yaml.safe_load(config.read_text())
     values["sweep"].update(runs=str(tmp_path / "runs"), results=str(tmp_path / "results"))
@@ -83,6 +102,8 @@ def test_another_option_is_another_run_and_a_wrong_one_is_refused_before_any():
     assert digest(rank=2) == digest(rank=2) != digest(rank=3)
     with pytest.raises(TypeError, match=r"method lora takes .*, got rnak"):
         SweepConfig(runs="runs", results="results", methods={"lora": {"rnak": 3}})
+    with pytest.raises(ValueError, match=r"sweep.jobs must be a whole number of at least 1, got 0"):
+        SweepConfig(runs="runs", results="results", methods={"lora": {}}, jobs=0)
     with pytest.raises(
         ValueError, match=r"streams.pocket-domain.methods must be among sweep.methods, got \['moelora'\]"
     ):

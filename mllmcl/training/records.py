@@ -319,6 +319,7 @@ def finish(run: Run) -> Report:
         "peak_memory_bytes": peak_memory(run),
         "trainable_parameters": sum(value.numel() for value in parameters.values()),
         "stored_bytes": sum(value.nbytes for value in (*parameters.values(), *run.method.state_tensors().values())),
+        "threads": torch.get_num_threads(),
         "eval_batch_size": config.eval_batch_size,
         "dtype": "bfloat16 autocast" if config.bf16 else str(run.mllm.dtype).removeprefix("torch."),
         "seed": config.seed,
