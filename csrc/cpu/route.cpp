@@ -5,12 +5,14 @@
 #include <limits>
 
 #include "../checks.h"
+#include "lanes.h"
 
 namespace mllmcl {
 namespace {
 
 constexpr int64_t kSoftmax = 0;
 constexpr int64_t kSigmoid = 1;
+constexpr int64_t kFew = 16;  // experts up to which a choice one by one is as fast
 
 const float* floats(const Tensor& t, int64_t count, const char* what) {
   need(t.is_contiguous() && t.scalar_type() == Dtype::Float && t.numel() == count, what);
@@ -47,38 +49,103 @@ MLLMCL_CLONES void sigmoids(const float* x, float* out, int64_t count) {
   for (int64_t e = 0; e < count; ++e) out[e] = 1.0f / (1.0f + exponential(-x[e]));
 }
 
+// The largest of the numbers; `trace` becomes 0 where all are finite, else NaN.
+MLLMCL_CLONES float largest(const float* x, int64_t count, float* trace) {
+  const float low = -std::numeric_limits<float>::infinity();
+  Lanes tops = low - Lanes{}, traces = {};
+  int64_t e = 0;
+  for (; e + kLanes <= count; e += kLanes) {
+    const Lanes from = lanes(x + e);
+    tops = from > tops ? from : tops;
+    traces += 0.0f * from;
+  }
+  float top = low;
+  *trace = total(traces);
+  for (int64_t lane = 0; lane < kLanes; ++lane) top = std::max(top, tops[lane]);
+  for (; e < count; ++e) {
+    top = x[e] > top ? x[e] : top;
+    *trace += 0.0f * x[e];
+  }
+  return top;
+}
+
+MLLMCL_CLONES float sum(const float* x, int64_t count) {
+  Lanes sums = {};
+  int64_t e = 0;
+  for (; e + kLanes <= count; e += kLanes) sums += lanes(x + e);
+  float all = total(sums);
+  for (; e < count; ++e) all += x[e];
+  return all;
+}
+
+MLLMCL_CLONES void scale_row(float* x, float factor, int64_t count) {
+  for (int64_t e = 0; e < count; ++e) x[e] *= factor;
+}
+
 // softmax or sigmoid over the allowed experts; true if the row has numbers. Logits that are not allowed become 0.
 bool scores(float* noisy, const uint8_t* allowed, const Row& rule, float* probs) {
-  bool sound = true;
-  float top = -std::numeric_limits<float>::infinity();
-  for (int64_t e = 0; e < rule.experts; ++e) {
-    if (allowed != nullptr && !allowed[e]) continue;
-    sound = sound && !std::isnan(noisy[e]) && (rule.score == kSoftmax || std::isfinite(noisy[e]));
-    top = std::max(top, noisy[e]);
+  const int64_t count = rule.experts;
+  float top;
+  bool sound;
+  if (allowed == nullptr) {
+    float trace;
+    top = largest(noisy, count, &trace);
+    sound = trace == 0.0f;
+    // -inf is a number for a softmax
+    for (int64_t e = 0; !sound && rule.score == kSoftmax && e < count; ++e) {
+      if (std::isnan(noisy[e])) break;
+      sound = e + 1 == count;
+    }
+  } else {
+    top = -std::numeric_limits<float>::infinity();
+    sound = true;
+    for (int64_t e = 0; e < count; ++e) {
+      if (!allowed[e]) continue;
+      sound = sound && !std::isnan(noisy[e]) && (rule.score == kSoftmax || std::isfinite(noisy[e]));
+      top = std::max(top, noisy[e]);
+    }
   }
   sound = sound && (rule.score == kSigmoid || std::isfinite(top));
   if (!sound) {
-    std::fill(probs, probs + rule.experts, std::numeric_limits<float>::quiet_NaN());
+    std::fill(probs, probs + count, std::numeric_limits<float>::quiet_NaN());
   } else {
-    for (int64_t e = 0; allowed != nullptr && e < rule.experts; ++e)
+    for (int64_t e = 0; allowed != nullptr && e < count; ++e)
       if (!allowed[e]) noisy[e] = 0.0f;
-    if (rule.score == kSigmoid) sigmoids(noisy, probs, rule.experts);
-    else softmax_weights(noisy, top, probs, rule.experts);
+    if (rule.score == kSigmoid) sigmoids(noisy, probs, count);
+    else softmax_weights(noisy, top, probs, count);
   }
-  for (int64_t e = 0; allowed != nullptr && e < rule.experts; ++e)
+  for (int64_t e = 0; allowed != nullptr && e < count; ++e)
     if (!allowed[e]) probs[e] = 0.0f;
-  if (sound && rule.score == kSoftmax) {
-    float total = 0.0f;
-    for (int64_t e = 0; e < rule.experts; ++e) total += probs[e];
-    for (int64_t e = 0; e < rule.experts; ++e) probs[e] /= total;
-  }
+  if (sound && rule.score == kSoftmax) scale_row(probs, 1.0f / sum(probs, count), count);
   return sound;
 }
 
+typedef int32_t IntLanes __attribute__((vector_size(4 * kLanes)));
+
+// The place of every number in falling order, ties to the lowest index: how many numbers come before it.
+MLLMCL_CLONES void places(const float* x, int64_t blocks, int32_t* place) {
+  for (int64_t block = 0; block < blocks; ++block) {
+    const Lanes own = lanes(x + block * kLanes);
+    IntLanes before = {};
+    for (int64_t j = 0; j < block * kLanes; ++j) before -= (x[j] - Lanes{} >= own);
+    for (int64_t j = (block + 1) * kLanes; j < blocks * kLanes; ++j) before -= (x[j] - Lanes{} > own);
+    for (int32_t j = 0; j < kLanes; ++j) {
+      const Lanes other = x[block * kLanes + j] - Lanes{};
+      before -= (other > own) | ((other == own) & (IntLanes{0, 1, 2, 3, 4, 5, 6, 7} > j));
+    }
+    std::memcpy(place + block * kLanes, &before, sizeof(before));
+  }
+}
+
+// `choose` for many experts that may all be chosen; behind the last one `noisy` is -inf up to a whole block
+void choose_of_many(const float* noisy, const Row& rule, int32_t* place, int32_t* indices) {
+  places(noisy, (rule.experts + kLanes - 1) / kLanes, place);
+  for (int64_t e = 0; e < rule.experts; ++e)
+    if (place[e] < rule.top_k) indices[place[e]] = static_cast<int32_t>(e);
+}
+
 // the k best allowed experts, best first, ties to the lowest index; the lowest allowed ones of a row without numbers
-void choose(const float* noisy, const uint8_t* allowed, bool sound, const Row& rule, float* best, uint8_t* taken,
-            int32_t* indices) {
-  std::fill(taken, taken + rule.experts, uint8_t{0});
+void choose(const float* noisy, const uint8_t* allowed, bool sound, const Row& rule, float* best, int32_t* indices) {
   int64_t found = 0;
   for (int64_t e = 0; e < rule.experts; ++e) {
     if (allowed != nullptr && !allowed[e]) continue;
@@ -92,22 +159,21 @@ void choose(const float* noisy, const uint8_t* allowed, bool sound, const Row& r
     best[place] = value;
     indices[place] = static_cast<int32_t>(e);
   }
-  for (int64_t slot = 0; slot < found; ++slot) taken[indices[slot]] = 1;
   std::fill(indices + found, indices + rule.top_k, int32_t{-1});
 }
 
-void fill_gates(const float* probs, const uint8_t* taken, bool sound, const Row& rule, const int32_t* indices,
-                float* gates, float* values) {
+void fill_gates(const float* probs, bool sound, const Row& rule, const int32_t* indices, float* gates, float* values) {
+  std::fill(gates, gates + rule.experts, 0.0f);
   float total = 0.0f;
-  for (int64_t e = 0; e < rule.experts; ++e) {
-    gates[e] = !taken[e] ? 0.0f : (rule.straight && sound ? 1.0f : probs[e]);
-    total += gates[e];
+  for (int64_t slot = 0; slot < rule.top_k; ++slot) {
+    const int32_t e = indices[slot];
+    values[slot] = e < 0 ? 0.0f : (rule.straight && sound ? 1.0f : probs[e]);
+    total += values[slot];
   }
-  if (rule.renormalize) {
-    for (int64_t e = 0; e < rule.experts; ++e)
-      if (taken[e]) gates[e] /= total;
+  for (int64_t slot = 0; slot < rule.top_k && indices[slot] >= 0; ++slot) {
+    if (rule.renormalize) values[slot] /= total;
+    gates[indices[slot]] = values[slot];
   }
-  for (int64_t slot = 0; slot < rule.top_k; ++slot) values[slot] = indices[slot] < 0 ? 0.0f : gates[indices[slot]];
 }
 
 void router_gates(Tensor logits, std::optional<Tensor> noise, std::optional<Tensor> mask, int64_t top_k, int64_t score,
@@ -136,8 +202,8 @@ void router_gates(Tensor logits, std::optional<Tensor> noise, std::optional<Tens
   auto* to_values = static_cast<float*>(values.mutable_data_ptr());
   auto* to_indices = static_cast<int32_t*>(indices.mutable_data_ptr());
   torch::stable::parallel_for(0, tokens, grain(8 * experts), [&](int64_t begin, int64_t end) {
-    std::vector<float> noisy(experts), best(top_k);
-    std::vector<uint8_t> taken(experts);
+    std::vector<float> noisy(experts + kLanes, -std::numeric_limits<float>::infinity()), best(top_k);
+    std::vector<int32_t> place(experts + kLanes);
     for (int64_t t = begin; t < end; ++t) {
       const float* row = from + t * experts;
       const uint8_t* allowed = may == nullptr ? nullptr : may + t * stride;
@@ -145,10 +211,25 @@ void router_gates(Tensor logits, std::optional<Tensor> noise, std::optional<Tens
       float* prob = to_probs + t * experts;
       int32_t* index = to_indices + t * top_k;
       const bool sound = scores(noisy.data(), allowed, rule, prob);
-      choose(noisy.data(), allowed, sound, rule, best.data(), taken.data(), index);
-      fill_gates(prob, taken.data(), sound, rule, index, to_gates + t * experts, to_values + t * top_k);
+      if (sound && allowed == nullptr && experts > kFew) choose_of_many(noisy.data(), rule, place.data(), index);
+      else choose(noisy.data(), allowed, sound, rule, best.data(), index);
+      fill_gates(prob, sound, rule, index, to_gates + t * experts, to_values + t * top_k);
     }
   });
+}
+
+MLLMCL_CLONES void through_scores(const float* d, const float* p, const float* from_logits, int64_t experts,
+                                  int64_t score, float scale, float* out) {
+  if (score == kSigmoid) {
+    for (int64_t e = 0; e < experts; ++e) out[e] = (p[e] * (1.0f - p[e]) * d[e] + from_logits[e]) * scale;
+    return;
+  }
+  Lanes sums = {};
+  int64_t place = 0;
+  for (; place + kLanes <= experts; place += kLanes) sums += lanes(p + place) * lanes(d + place);
+  float mean = total(sums);
+  for (; place < experts; ++place) mean += p[place] * d[place];
+  for (int64_t e = 0; e < experts; ++e) out[e] = (p[e] * (d[e] - mean) + from_logits[e]) * scale;
 }
 
 // Gradient of the logits; the formula is in ops/route/README.md.
@@ -171,37 +252,29 @@ void router_backward(Tensor d_gates, Tensor d_values, Tensor d_logits, Tensor d_
   auto* out = static_cast<float*>(d_scores.mutable_data_ptr());
   const float scale = static_cast<float>(inverse_temperature);
   torch::stable::parallel_for(0, tokens, grain(8 * experts), [&](int64_t begin, int64_t end) {
-    std::vector<float> h(experts), d(experts);
-    std::vector<uint8_t> taken(experts);
+    std::vector<float> d(experts);
     for (int64_t t = begin; t < end; ++t) {
       const int64_t at = t * experts;
-      std::fill(taken.begin(), taken.end(), uint8_t{0});
-      std::copy(from_gates + at, from_gates + at + experts, h.begin());
-      for (int64_t slot = 0; slot < top_k; ++slot) {
-        const int32_t e = index[t * top_k + slot];
-        if (e < 0) continue;
-        taken[e] = 1;
-        h[e] += from_values[t * top_k + slot];
+      const int32_t* chosen = index + t * top_k;
+      const float* from_value = from_values + t * top_k;
+      std::copy(from_probs + at, from_probs + at + experts, d.begin());
+      if (straight) {
+        for (int64_t e = 0; e < experts; ++e) d[e] += from_gates[at + e];
+        for (int64_t slot = 0; slot < top_k; ++slot)
+          if (chosen[slot] >= 0) d[chosen[slot]] += from_value[slot];
+      } else {
+        float kept = 0.0f, along = 0.0f;
+        for (int64_t slot = 0; slot < top_k && chosen[slot] >= 0; ++slot) {
+          const int64_t e = at + chosen[slot];
+          kept += p[e];
+          along += (from_gates[e] + from_value[slot]) * g[e];
+        }
+        for (int64_t slot = 0; slot < top_k && chosen[slot] >= 0; ++slot) {
+          const float h = from_gates[at + chosen[slot]] + from_value[slot];
+          d[chosen[slot]] += renormalize ? (h - along) / kept : h;
+        }
       }
-      float kept = 0.0f, along = 0.0f;
-      for (int64_t e = 0; e < experts; ++e) {
-        if (!taken[e]) continue;
-        kept += p[at + e];
-        along += h[e] * g[at + e];
-      }
-      for (int64_t e = 0; e < experts; ++e) {
-        float through = taken[e] ? h[e] : 0.0f;
-        if (straight) through = h[e];
-        else if (renormalize && taken[e]) through = (h[e] - along) / kept;
-        d[e] = through + from_probs[at + e];
-      }
-      float mean = 0.0f;
-      for (int64_t e = 0; e < experts; ++e) mean += p[at + e] * d[e];
-      for (int64_t e = 0; e < experts; ++e) {
-        const float prob = p[at + e];
-        const float inner = score == kSigmoid ? prob * (1.0f - prob) * d[e] : prob * (d[e] - mean);
-        out[at + e] = (inner + from_logits[at + e]) * scale;
-      }
+      through_scores(d.data(), p + at, from_logits + at, experts, score, scale, out + at);
     }
   });
 }

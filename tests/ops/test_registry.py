@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mllmcl_kernels  # noqa: F401 (declares the ops)
 from mllmcl_kernels.library import BACKENDS, FOLDER
@@ -152,6 +153,38 @@ def test_gradients_are_those_of_the_formula(op: Op, backend: str, index: int):
     for place, (mine, usual, true) in enumerate(zip(ours, plain, truth, strict=True)):
         off = excess(mine, usual, true, op.tolerance)
         assert off.passes, f"gradient {place}: {off}"
+
+
+@pytest.mark.parametrize("op", [pytest.param(op, id=op.name) for op in REGISTRY.values() if op.backward is not None])
+def test_the_short_way_is_the_dispatchers(op: Op):
+    """Plain tensors go around the dispatcher: the same bits forward and backward, and under autocast."""
+    lanes = (op.__call__, op.overload)
+    for sample in samples_of(op)[:4]:
+        for autocast in (False, True):
+            with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):
+                values = [outputs_of(op, sample.args, run) for run in lanes]
+                slopes = [gradients(op, sample, differentiated(op, run)) for run in lanes]
+            for one, other in (*zip(*values, strict=True), *zip(*slopes, strict=True)):
+                assert one.dtype == other.dtype
+                assert torch.equal(one.nan_to_num(nan=7.7), other.nan_to_num(nan=7.7)), (sample.name, autocast)
+
+
+def test_whoever_watches_operators_sees_ours():
+    """A dispatch mode and a profiler get `mllmcl::lora_mix`; without them plain tensors go around the dispatcher."""
+    op = REGISTRY["lora_mix"]
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        op(*samples_of(op)[0].args)
+    assert "mllmcl.lora_mix.default" in seen
+    with torch.profiler.profile() as profile:
+        op(*samples_of(op)[0].args)
+    assert "mllmcl::lora_mix" in {event.key for event in profile.key_averages()}
 
 
 @pytest.mark.parametrize("op", [pytest.param(op, id=op.name) for op in REGISTRY.values() if op.backward is not None])

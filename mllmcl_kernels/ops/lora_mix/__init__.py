@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -115,6 +116,27 @@ def resolve_per_expert(op: str, argument: str, value, experts: int, kind: type) 
     return values
 
 
+@functools.lru_cache(maxsize=1024)
+def _resolve_experts(op: str, ranks, scaling, trainable, total: int, experts: int | None) -> tuple[list, list, list]:
+    ranks = resolve_ranks(op, ranks, total, experts)
+    scaling = resolve_per_expert(op, "scaling", scaling, len(ranks), float)
+    trainable = resolve_per_expert(op, "trainable", True if trainable is None else trainable, len(ranks), bool)
+    return ranks, scaling, trainable
+
+
+def resolve_experts(
+    op: str, ranks: Sequence[int] | None, scaling: float | Sequence[float], trainable: Sequence[bool] | None,
+    total: int, experts: int | None,
+) -> tuple[list[int], list[float], list[bool]]:  # fmt: skip
+    """Ranks, scalings and whether each trains, for every expert; looked up where the same was asked before."""
+    find = _resolve_experts.__wrapped__ if torch.compiler.is_compiling() else _resolve_experts
+    given = (
+        value if value is None or isinstance(value, (bool, int, float)) else tuple(kind(item) for item in value)
+        for value, kind in ((ranks, int), (scaling, float), (trainable, bool))
+    )
+    return find(op, *given, total, experts)
+
+
 def _is_layer(x, weight, bias, lora_a, lora_b) -> bool:
     """Whether all of `check_layer` holds, found out without making a single message."""
     for tensor in (x, weight, lora_a, lora_b) if bias is None else (x, weight, bias, lora_a, lora_b):
@@ -158,6 +180,8 @@ def flatten_gates(op: str, gates: Tensor | None, lead: torch.Size, ranks: Sequen
         return None
     experts = len(ranks)
     floating = gates.is_floating_point()
+    if gates.shape == ((*lead, experts) if floating else lead):
+        return gates.reshape(-1, experts) if floating else gates.reshape(-1)
     if floating:
         expect(
             gates.dim() >= 1 and gates.shape[-1] == experts,
@@ -196,8 +220,8 @@ def in_one_dtype(x: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
     """x as `[T, d_in]` and the other tensors in its dtype, or in that of an active autocast."""
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    flat = x.reshape(-1, x.shape[-1])
-    return [None if tensor is None else tensor.to(dtype) for tensor in (flat, *tensors)]
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    return [tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype) for tensor in (flat, *tensors)]
 
 
 def check_dropout(op: str, dropout: float) -> float:
@@ -274,9 +298,7 @@ def lora_mix(
             experts = gates.shape[-1] if gates.dim() else None
         else:
             expect(ranks is not None, op, "ranks", "given with integer gates", None)
-    ranks = resolve_ranks(op, ranks, lora_a.shape[0], experts)
-    scaling = resolve_per_expert(op, "scaling", scaling, len(ranks), float)
-    trainable = resolve_per_expert(op, "trainable", True if trainable is None else trainable, len(ranks), bool)
+    ranks, scaling, trainable = resolve_experts(op, ranks, scaling, trainable, lora_a.shape[0], experts)
     dropout = check_dropout(op, dropout)
     flat = flatten_gates(op, gates, x.shape[:-1], ranks)
     if flat is not None and not flat.is_floating_point():
@@ -294,4 +316,4 @@ def lora_mix(
         dropout,
         backend=backend,
     )
-    return y.view(*x.shape[:-1], weight.shape[0])
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])

@@ -10,7 +10,7 @@ from ...checks import expect
 from ...dropout import draw_seed
 from ...op import Cost, Op
 from ..lora_mix import _cost as mix_cost
-from ..lora_mix import check_dropout, check_layer, in_one_dtype, resolve_per_expert, resolve_ranks
+from ..lora_mix import check_dropout, check_layer, in_one_dtype, resolve_experts
 from ..route import Routing, check_options, check_router, fake_routing, wrap_routing
 from .reference import lora_mix_routed_backward_reference, lora_mix_routed_reference
 from .samples import backward_samples, bad_samples, samples
@@ -128,9 +128,7 @@ def lora_mix_routed(
     experts = router_weight.shape[0]
     if ranks is not None:
         expect(len(ranks) == experts, op, "ranks", f"E = {experts} integers", list(ranks))
-    ranks = resolve_ranks(op, ranks, lora_a.shape[0], experts)
-    scaling = resolve_per_expert(op, "scaling", scaling, experts, float)
-    trainable = resolve_per_expert(op, "trainable", True if trainable is None else trainable, experts, bool)
+    ranks, scaling, trainable = resolve_experts(op, ranks, scaling, trainable, lora_a.shape[0], experts)
     dropout = check_dropout(op, dropout)
     top_k, flat_mask, drawn = check_options(op, x, experts, top_k, score, temperature, noise, expert_mask, token_mask)
     y, _, *routing = lora_mix_routed_op(

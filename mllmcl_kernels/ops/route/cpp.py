@@ -1,4 +1,4 @@
-"""`route` on the CPU: the product through torch, scores, choice and gates in C++."""
+"""`route` on the CPU: scores, choice and gates in C++, products too where the experts are few."""
 
 from __future__ import annotations
 
@@ -20,13 +20,44 @@ LIBRARY.define(
     "router_backward(Tensor d_gates, Tensor d_values, Tensor d_logits, Tensor d_probs, Tensor gates, Tensor indices, "
     "Tensor probs, int score, bool renormalize, bool straight, float inverse_temperature, Tensor(a!) d_scores) -> ()"
 )
+LIBRARY.define("router_product(Tensor x, Tensor weight, Tensor(a!) out) -> ()")
+LIBRARY.define("router_product_backward(Tensor d, Tensor x, Tensor weight, Tensor(a!) dx, Tensor(b!) dweight) -> ()")
 OPS = torch.ops.mllmcl_cpu
+#: experts up to which our own products beat a general one
+MOST_SLIM = 16
 # cosine is softmax over other logits
 SCORE = {"softmax": 0, "cosine": 0, "sigmoid": 1}
 
 
 def _float_path(x: Tensor, *_rest) -> str | None:
     return f"computes in float32, got {x.dtype}" if x.dtype == torch.float64 else None
+
+
+def _is_slim(weight: Tensor, score: str) -> bool:
+    """Whether the router has so few experts that memory alone limits its products."""
+    return score != "cosine" and weight.shape[0] <= MOST_SLIM
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, score: str, temperature: float) -> Tensor:
+    """The logits `[T, E]` in float32."""
+    if not _is_slim(weight, score):
+        return _logits(x, weight, bias, score, temperature).contiguous()
+    logits = x.new_empty(x.shape[0], weight.shape[0], dtype=torch.float32)
+    OPS.router_product(x.contiguous(), weight.float().contiguous(), logits)
+    if bias is not None:
+        logits += bias
+    return logits if temperature == 1.0 else logits.div_(temperature)
+
+
+def _product_backward(dl: Tensor, x: Tensor, weight: Tensor, score: str, needs_x: bool, needs_weight: bool):
+    """Gradients of x and weight in x's dtype from that of the product."""
+    if not _is_slim(weight, score):
+        return logits_backward(dl, x, weight, score, needs_x, needs_weight)
+    x = x.contiguous()
+    dx = torch.empty_like(x) if needs_x else x.new_empty(0)
+    dweight = torch.empty(weight.shape if needs_weight else 0, dtype=torch.float32)
+    OPS.router_product_backward(dl.contiguous(), x, weight.float().contiguous(), dx, dweight)
+    return dx, dweight.to(x.dtype)
 
 
 def gates_from_logits(logits, noise, expert_mask, top_k, score, renormalize, straight_through):
@@ -53,7 +84,7 @@ def logits_gradient(d_gates, d_values, d_logits, d_probs, gates, indices, probs,
 
 @route_op.provider("cpp", supports=_float_path)
 def route_cpp(x, weight, bias, noise, expert_mask, top_k, score, temperature, renormalize, straight_through):
-    logits = _logits(x, weight, bias, score, temperature).contiguous()
+    logits = _product(x, weight, bias, score, temperature)
     return gates_from_logits(logits, noise, expert_mask, top_k, score, renormalize, straight_through)
 
 
@@ -65,5 +96,5 @@ def route_backward_cpp(
     dl = logits_gradient(
         d_gates, d_values, d_logits, d_probs, gates, indices, probs, score, temperature, renormalize, straight_through
     )
-    dx, dweight = logits_backward(dl, x, weight, score, needs[0], needs[1])
+    dx, dweight = _product_backward(dl, x, weight, score, needs[0], needs[1])
     return dx, dweight, dl.sum(0).to(x.dtype) if needs[2] else x.new_empty(0)
