@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 __all__ = [
     "FLOATS",
+    "are_contiguous",
+    "dtypes_in",
     "expect",
     "expect_device",
     "expect_floating",
@@ -16,8 +19,10 @@ __all__ = [
     "expect_number",
     "expect_shape",
     "expect_tensor",
+    "list_reason",
 ]
 
+DTYPE, DEVICE, SHAPE = (operator.attrgetter(name) for name in ("dtype", "device", "shape"))
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -49,6 +54,36 @@ def expect_shape(op: str, argument: str, value: Tensor, letters: str, shape: Seq
     expect(tuple(value.shape) == tuple(shape), op, argument, f"{letters} = {list(shape)}", list(value.shape))
 
 
+def dtypes_in(*lists: Sequence[Tensor]) -> set[torch.dtype]:
+    """The dtypes of all tensors of the lists."""
+    return set().union(*(map(DTYPE, tensors) for tensors in lists))
+
+
+def are_contiguous(*lists: Sequence[Tensor]) -> bool:
+    """Whether every tensor of the lists is contiguous."""
+    return all(all(map(Tensor.is_contiguous, tensors)) for tensors in lists)
+
+
+def list_reason(lists: Iterable[Sequence[Tensor]], what: str, *written: Sequence[Tensor]) -> str | None:
+    """Why C++ kernels cannot take these lists: a dtype they do not convert, or `written` ones, `what`, with gaps."""
+    foreign = dtypes_in(*lists) - {torch.float32, torch.bfloat16, torch.float16}
+    if foreign:
+        return f"computes in float32, got {', '.join(sorted(map(str, foreign)))}"
+    return None if are_contiguous(*written) else f"{what} have to be contiguous"
+
+
+def _are_alike(lists: Sequence[Sequence[Tensor]]) -> bool:
+    """Whether all are floating tensors, of the first list's shapes and on one device; by means of C alone."""
+    if not all(issubclass(kind, Tensor) for tensors in lists for kind in set(map(type, tensors))):
+        return False
+    shapes = list(map(SHAPE, lists[0]))
+    return (
+        dtypes_in(*lists) <= set(FLOATS)
+        and len(set().union(*(map(DEVICE, tensors) for tensors in lists))) <= 1
+        and all(list(map(SHAPE, tensors)) == shapes for tensors in lists[1:])
+    )
+
+
 def expect_lists(op: str, lists: dict[str, Sequence[Tensor]]) -> None:
     """Lists of equal length whose floating tensors share shape and device, place by place, with the first list's.
 
@@ -58,16 +93,12 @@ def expect_lists(op: str, lists: dict[str, Sequence[Tensor]]) -> None:
     for name, tensors in rest:
         if len(tensors) != len(heads):
             expect(False, op, name, f"as many as {first} = {len(heads)}", len(tensors))
+    if _are_alike(list(lists.values())):
+        return
     device = getattr(heads[0], "device", None) if heads else None
     for name, tensors in lists.items():
         for index, (tensor, head) in enumerate(zip(tensors, heads, strict=True)):
-            if (
-                not isinstance(tensor, Tensor)
-                or tensor.dtype not in FLOATS
-                or tensor.shape != head.shape
-                or tensor.device != device
-            ):
-                _refuse(op, f"{name}[{index}]", tensor, f"{first}[{index}]", head, device)
+            _refuse(op, f"{name}[{index}]", tensor, f"{first}[{index}]", head, device)
 
 
 def _refuse(op: str, argument: str, tensor: object, first: str, head: Tensor, device: torch.device) -> None:

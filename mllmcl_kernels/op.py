@@ -32,7 +32,7 @@ REGISTRY: dict[str, Op] = {}
 #: providers tried in this order when the caller names none
 PRIORITY = {"cpu": ("cpp", "chunked", "reference"), "cuda": ("cuda", "triton", "chunked", "reference")}
 #: types of tensors without a way of their own to run operators
-PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = frozenset({Tensor, torch.nn.Parameter})
 #: device types of the tensors that a backend takes
 DEVICES = {"cpp": ("cpu",), "cuda": ("cuda",), "triton": ("cuda", "cpu")}
 
@@ -83,6 +83,14 @@ def _first_tensor(args: Iterable) -> Tensor | None:
 
 def _anything(*_args) -> None:
     return None
+
+
+def _count_change(changed: Tensor | Sequence[Tensor]) -> None:
+    """Let autograd know of a change in place, so that a graph that holds the old values refuses to run."""
+    tensors = [changed] if isinstance(changed, Tensor) else changed
+    if any(map(Tensor.is_inference, tensors)):
+        tensors = [tensor for tensor in tensors if not tensor.is_inference()]
+    torch.autograd.graph.increment_version(tensors)
 
 
 def _is_watched() -> bool:
@@ -148,6 +156,7 @@ class Op:
         torch.library.register_fake(qualified, lambda *args, backend=None: self.fake(*args), lib=LIBRARY)
         self.overload = getattr(getattr(torch.ops, NAMESPACE), self.name).default
         self.argument_names = [argument.name for argument in self.overload._schema.arguments if not argument.kwarg_only]
+        self.mutated_places = [self.argument_names.index(name) for name in self.mutates]
         if self.backward is not None:
             torch.library.register_autograd(qualified, self.backward, setup_context=self._setup_context, lib=LIBRARY)
         elif not self.mutates:
@@ -161,7 +170,7 @@ class Op:
 
     def __call__(self, *args, backend: str | None = None):
         """Run the op: plain tensors at once, which saves tens of microseconds, all else through the dispatcher."""
-        if self.mutates or _is_watched():
+        if _is_watched():
             return self.overload(*args, backend=backend)
         device, wants_grad = "cpu", False
         for arg in args:
@@ -171,8 +180,11 @@ class Op:
                     return self.overload(*args, backend=backend)
                 wants_grad = wants_grad or arg.requires_grad
             elif isinstance(arg, (list, tuple)) and arg and isinstance(arg[0], Tensor):
-                return self.overload(*args, backend=backend)
-        wants_grad = wants_grad and torch.is_grad_enabled()
+                # a function of torch.autograd takes no gradient through lists
+                device = arg[0].device.type
+                if not (self.mutates and PLAIN.issuperset(map(type, arg)) and device in PRIORITY):
+                    return self.overload(*args, backend=backend)
+        wants_grad = wants_grad and torch.is_grad_enabled() and not self.mutates
         if wants_grad and self.backward is None:
             return self.overload(*args, backend=backend)
         if not torch.is_autocast_enabled(device):
@@ -202,7 +214,10 @@ class Op:
         return Function
 
     def _run(self, *args, backend: str | None = None):
-        return self.choose(args, backend).run(*args)
+        output = self.choose(args, backend).run(*args)
+        for place in self.mutated_places:
+            _count_change(args[place])
+        return output
 
     def _cast(self, device: str, args: Sequence) -> list:
         """The arguments that autocast casts, cast."""

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .checks import dtypes_in
 from .dropout import COLUMN_STEP, ROW_STEP
 from .library import debug_checks
 from .masks import NONE, OWNER
@@ -281,11 +282,8 @@ def dtype_reason(*tensors: Tensor | None) -> str | None:
 
 def dtypes_reason(*lists: Sequence[Tensor]) -> str | None:
     """Why a kernel that takes every tensor in a dtype of its own cannot take one of these."""
-    for tensors in lists:
-        for tensor in tensors:
-            if tensor.dtype not in DTYPES:
-                return f"triton runs float32, bfloat16 and float16, got {tensor.dtype}"
-    return None
+    foreign = dtypes_in(*lists) - set(DTYPES)
+    return f"triton runs float32, bfloat16 and float16, got {', '.join(map(str, foreign))}" if foreign else None
 
 
 def raise_for_ids(op: str, gates: Tensor | None, experts: int) -> None:

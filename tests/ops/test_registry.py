@@ -103,6 +103,12 @@ def test_inputs_are_not_written(op: Op, backend: str, dtype: torch.dtype, index:
         assert torch.equal(old.reshape(-1).view(torch.uint8), new.reshape(-1).view(torch.uint8))
 
 
+def tensors_of(args) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    map_tensors(args, found.append)
+    return found
+
+
 def is_partly_frozen(sample: Sample) -> bool:
     """Whether some expert gets no gradient: the ops' own tests compare those."""
     flags = [arg for arg in sample.args if isinstance(arg, list) and arg and isinstance(arg[0], bool)]
@@ -167,6 +173,18 @@ def test_the_short_way_is_the_dispatchers(op: Op):
             for one, other in (*zip(*values, strict=True), *zip(*slopes, strict=True)):
                 assert one.dtype == other.dtype
                 assert torch.equal(one.nan_to_num(nan=7.7), other.nan_to_num(nan=7.7)), (sample.name, autocast)
+
+
+@pytest.mark.parametrize("op", [pytest.param(op, id=op.name) for op in REGISTRY.values() if op.mutates])
+def test_a_change_in_place_is_counted(op: Op):
+    """So that autograd refuses to use a tensor that was saved before the change; by both ways of a call."""
+    for run in (op.__call__, op.overload):
+        args = map_tensors(samples_of(op)[0].args, torch.clone)
+        before = [[tensor._version for tensor in tensors_of((arg,))] for arg in args]
+        run(*args)
+        for name, arg, versions in zip(op.argument_names, args, before, strict=True):
+            changed = [tensor._version - old for tensor, old in zip(tensors_of((arg,)), versions, strict=True)]
+            assert all(count > 0 if name in op.mutates else count == 0 for count in changed), name
 
 
 def test_whoever_watches_operators_sees_ours():

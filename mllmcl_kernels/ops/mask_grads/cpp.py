@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.library import Library
 
+from ...checks import list_reason
 from . import mask_grads_op
 
 __all__: list[str] = []
@@ -14,12 +15,7 @@ LIBRARY.define("mask_grads(Tensor(a!)[] grads, Tensor[] masks, int[] kinds, int[
 
 
 def _supports(grads, masks, *_rest) -> str | None:
-    for grad in grads:
-        if grad.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            return f"clears float32, bfloat16 and float16, got {grad.dtype}"
-        if not grad.is_contiguous():
-            return "gradients have to be contiguous"
-    return None
+    return list_reason((grads,), "gradients", grads)
 
 
 @mask_grads_op.provider("cpp", supports=_supports)
