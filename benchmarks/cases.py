@@ -200,6 +200,8 @@ def route_cases(device: str) -> tuple[RouteCase, ...]:
 
 
 #: q, k, v, o, gate, up, down of SmolLM2-135M, which has 30 such layers
+#: a layer of 2048, for a CPU
+WIDE_LAYER = (*((2048, 2048),) * 4, *((2048, 5632),) * 2, (5632, 2048))
 SMALL_LAYER = ((576, 576), (576, 192), (576, 192), (576, 576), (576, 1536), (576, 1536), (1536, 576))
 
 
@@ -223,7 +225,12 @@ def _lists(device: str, works: tuple[tuple[str, str], ...], one: str | None = No
 
 
 def adamw_cases(device: str) -> tuple[ListCase, ...]:
-    return _lists(device, tuple(("", mask) for mask in MASKS), "")
+    small = _lists(device, tuple(("", mask) for mask in MASKS), "")
+    if device == "cuda":
+        return small
+    shapes = _lora_shapes(4, WIDE_LAYER, 128)
+    dims = tuple(place % 2 for place in range(len(shapes)))
+    return (*small, *(ListCase("LoRA experts of 16 on 2048", "", mask, shapes, dims, 8, 16) for mask in MASKS[:2]))
 
 
 def ema_cases(device: str) -> tuple[ListCase, ...]:
