@@ -21,6 +21,7 @@ from torch import Tensor
 from ..checks import expect, expect_floating, expect_shape, expect_tensor
 from ..library import debug_checks
 from ..op import Cost, Op
+from ..products import product_nt
 from .lora_mix import in_one_dtype
 
 __all__ = [
@@ -114,24 +115,22 @@ def linear_loss(
     dtype = hidden.dtype if count <= step else wide
     dweight = hidden.new_zeros(vocabulary, width, dtype=dtype) if needs[1] else hidden.new_empty(0)
     dbias = hidden.new_zeros(vocabulary, dtype=wide) if needs[2] else hidden.new_empty(0)
-    buffer = hidden.new_empty(step if count else 0, vocabulary)
     for begin in range(0, count, step):
         end = min(begin + step, count)
         at = slice(begin, end) if positions is None else positions[begin:end]
-        part, logits = hidden[at], buffer[: end - begin]
-        if head_bias is None:
-            torch.mm(part, head_weight.t(), out=logits)
-        else:
-            torch.addmm(head_bias, part, head_weight.t(), out=logits)
+        part = hidden[at]
+        logits = product_nt(part, head_weight, head_bias)
         losses[at] = rows(logits, factor[at], *(tensor[at] for tensor in given), gradient=any(needs))
         if needs[0]:
-            dhidden[at] = torch.mm(logits, head_weight)
+            dhidden[at] = product_nt(logits, head_weight.t())
         if needs[1] and dtype == hidden.dtype:
             torch.addmm(dweight, logits.t(), part, out=dweight)
         elif needs[1]:
             dweight.add_(torch.mm(logits.t(), part))
         if needs[2]:
             dbias.add_(logits.sum(0, dtype=wide))
+        # the next chunk's take the same memory
+        del logits
     if counted is not None:
         losses.masked_fill_(~counted, 0.0)
     losses.masked_fill_(factor.isnan(), float("nan"))

@@ -1,4 +1,4 @@
-"""`lora_mix` on the CPU: products through torch, rank space in C++."""
+"""`lora_mix` on the CPU: products through oneDNN and torch, rank space in C++."""
 
 # T tokens, K in, N out, E experts, R sum of ranks, G rows of gates
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.library import Library
 
 from ...dropout import threshold
+from ...products import product_nt
 from . import lora_mix_backward_op, lora_mix_op
 from .reference import expert_of_rank
 
@@ -81,10 +82,6 @@ def _prepared(gates: Tensor | None) -> Tensor | None:
     return gates.contiguous() if gates.is_floating_point() else gates.to(torch.int64).contiguous()
 
 
-def base(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
-
-
 def _supports(x, weight, bias, lora_a, lora_b, gates, *_rest) -> str | None:
     return float_path(x, weight, bias, lora_a, lora_b, gates)
 
@@ -97,8 +94,8 @@ def _supports_backward(dy, x, weight, lora_a, lora_b, gates, *_rest) -> str | No
 def lora_mix_cpp(x, weight, bias, lora_a, lora_b, gates, seed, ranks, scaling, trainable, dropout):
     """The mix is added into y by the product itself: no pass over [T, N] besides the two products."""
     x = x.contiguous()
-    s = torch.mm(dropped(x, seed, dropout), lora_a.t())
-    y = base(x, weight, bias)
+    s = product_nt(dropped(x, seed, dropout), lora_a)
+    y = product_nt(x, weight, bias)
     if gates is None and len(set(scaling)) == 1:
         y.addmm_(s, lora_b.t(), alpha=scaling[0])
     else:
@@ -115,7 +112,7 @@ def lora_gradients(
     whole = (first, last) == (0, total)
     da, db = empty, empty
     if needs_a:
-        part = torch.mm(ds[:, first:last].t(), x_dropped)
+        part = product_nt(ds[:, first:last].t(), x_dropped.t())
         da = part if whole else ds.new_zeros(total, x_dropped.shape[1])
         if not whole:
             da[first:last] = part
@@ -146,13 +143,13 @@ def lora_mix_backward_cpp(
     OPS.rank_gate_backward(u, s.contiguous(), gates, *rank_tables(ranks, scaling), ds, mixed, dgates)
     dx = dweight = dbias = empty
     if needs_x:
-        dx = torch.mm(dy, weight)
+        dx = product_nt(dy, weight.t())
         if dropout == 0.0:
             dx.addmm_(ds, lora_a)
         else:
             OPS.dropout(torch.mm(ds, lora_a), seed, threshold(dropout), 1.0 / (1.0 - dropout), True, dx)
     if needs_weight:
-        dweight = torch.mm(dy.t(), x)
+        dweight = product_nt(dy.t(), x.t())
     if needs_bias:
         dbias = dy.sum(0)
     x_dropped = dropped(x, seed, dropout) if needs_a else x

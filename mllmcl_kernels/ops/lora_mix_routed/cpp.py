@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...products import product_nt
 from ..lora_mix.cpp import OPS as RANK_OPS
 from ..lora_mix.cpp import (
-    base,
     float_path,
     lora_gradients,
     lora_mix_backward_cpp,
@@ -47,14 +47,14 @@ def lora_mix_routed_cpp(
         y, s = lora_mix_cpp(x, weight, bias, lora_a, lora_b, routing[0], seed, ranks, scaling, trainable, dropout)
         return y, s, *routing
     x = x.contiguous()
-    both = torch.mm(x, torch.cat([lora_a, router_weight]).t())
+    both = product_nt(x, torch.cat([lora_a, router_weight]))
     rank = lora_a.shape[0]
     s, logits = both[:, :rank].contiguous(), both[:, rank:]
     if router_bias is not None:
         logits = logits + router_bias
     logits = (logits / temperature).contiguous()
     routing = gates_from_logits(logits, noise, expert_mask, *choice)
-    y = base(x, weight, bias)
+    y = product_nt(x, weight, bias)
     y.addmm_(mixed_ranks(s, routing[0], ranks, scaling), lora_b.t())
     return y, s, *routing
 
@@ -82,12 +82,12 @@ def lora_mix_routed_backward_cpp(
     dl = logits_gradient(d_gates + through, d_values, d_logits, d_probs, gates, indices, probs, *options)
     dx = dweight = dbias = empty
     if needs[0]:
-        dx = torch.mm(dy, weight)
+        dx = product_nt(dy, weight.t())
         dx.addmm_(torch.cat([ds, dl], 1), torch.cat([lora_a, router_weight]))
     if needs[1]:
-        dweight = torch.mm(dy.t(), x)
+        dweight = product_nt(dy.t(), x.t())
     if needs[2]:
         dbias = dy.sum(0)
     da, db = lora_gradients(dy, x, ds, mixed, ranks, trainable, needs[3], needs[4])
-    drouter = torch.mm(dl.t(), x) if needs[5] else empty
+    drouter = product_nt(dl.t(), x.t()) if needs[5] else empty
     return dx, dweight, dbias, da, db, drouter, dl.sum(0) if needs[6] else empty
