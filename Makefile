@@ -11,7 +11,7 @@ endif
 # a thread that waits for another spins for some microseconds only, then gives its core away to what else is running
 export GOMP_SPINCOUNT ?= 3000
 
-.PHONY: env demo test lint bench clean
+.PHONY: env demo test lint sanitize bench clean
 
 env: $(VENV)/.ready
 
@@ -34,6 +34,15 @@ test: env
 lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# the C++ library with address and undefined-behaviour sanitizers, in a tree of its own, under the tests of every op
+sanitize: env
+	rm -rf build/sanitize && mkdir -p build/sanitize && git ls-files -z | xargs -0 cp --parents -t build/sanitize
+	cd build/sanitize && MLLMCL_SANITIZE=1 MLLMCL_CUDA=0 ../../$(BIN)/python setup.py -q build_ext --inplace
+	cd build/sanitize && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	LD_PRELOAD="$(foreach library,libasan.so libubsan.so libstdc++.so,$(shell $(CXX) -print-file-name=$(library)))" \
+	../../$(BIN)/python -m pytest -q -x -p no:cacheprovider tests/ops/test_registry.py tests/ops/test_route.py \
+	tests/ops/test_masks.py tests/ops/test_ema_update.py -k "not triton and not opcheck and not gradcheck"
 
 bench: env
 	$(BIN)/python -m pytest benchmarks --benchmark-only
