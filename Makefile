@@ -41,7 +41,7 @@ sanitize: env
 	cd build/sanitize && MLLMCL_SANITIZE=1 MLLMCL_CUDA=0 ../../$(BIN)/python setup.py -q build_ext --inplace
 	cd build/sanitize && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	LD_PRELOAD="$(foreach library,libasan.so libubsan.so libstdc++.so,$(shell $(CXX) -print-file-name=$(library)))" \
-	../../$(BIN)/python -m pytest -q -x -p no:cacheprovider tests/ops/test_registry.py tests/ops/test_route.py \
+	../../$(BIN)/python -m pytest -q -x -s -p no:cacheprovider tests/ops/test_registry.py tests/ops/test_route.py \
 	tests/ops/test_masks.py tests/ops/test_ema_update.py -k "not triton and not opcheck and not gradcheck"
 
 bench: env
