@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mllmcl_kernels import Mask
 
+from ..streams.base import Sample
 from . import families
 from .batch import Batch, Encoded, answer_places, pad_rows, prompt_mask
 from .description import described
@@ -546,6 +547,8 @@ class MLLM:
     def perplexity(self, text: str, *, window: int = 256, batch_size: int = 8) -> float:
         """Perplexity of plain text, without a prompt's template: exp of the mean negative log likelihood of a token.
 
+        Layers that look at the sample's question see the window itself in its place.
+
         Args:
             text: at least `window` tokens; it is cut into windows, and what is left at the end is not used. The first
                 token of a window is given.
@@ -561,8 +564,9 @@ class MLLM:
         for start in range(0, len(rows), batch_size):
             part = rows[start : start + batch_size]
             encoded = Encoded(ids=[row[:1] for row in part], images={}, token_extras={})
+            windows = [Sample(id="", task="", question=self.tokenizer.decode(row), answer="") for row in part]
             with torch.inference_mode():
-                total += self.loss(self._padded((), encoded, [row[1:] for row in part])) * len(part)
+                total += self.loss(self._padded(windows, encoded, [row[1:] for row in part])) * len(part)
         return float(torch.exp(total / len(rows)))
 
     @contextlib.contextmanager

@@ -82,6 +82,13 @@ def test_a_mixed_batch_gives_each_sample_what_it_gets_alone(name, options, strea
     torch.testing.assert_close(routed_logits(mllm, samples), single, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("name", "options"), EVERY, ids=str)
+def test_plain_text_needs_no_sample(name, options, stream):
+    mllm, _ = learned(name, stream, **options)
+    text = " ".join(sample.question for sample in items(stream, 8))
+    assert 1 < mllm.perplexity(text, window=16, batch_size=4) < float("inf")
+
+
 def test_prototypes_route_separated_tasks_and_nothing_before_the_first(stream):
     _, method = learned("mr_lora", stream)
     samples = items(stream, 8)
