@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 __all__ = [
     "FLOATS",
     "are_contiguous",
+    "are_floating",
     "dtypes_in",
     "expect",
     "expect_device",
@@ -20,9 +22,12 @@ __all__ = [
     "expect_shape",
     "expect_tensor",
     "list_reason",
+    "shapes_of",
 ]
 
 DTYPE, DEVICE, SHAPE = (operator.attrgetter(name) for name in ("dtype", "device", "shape"))
+#: what torch.compile can trace in their place
+TRACEABLE = {DTYPE: lambda one: one.dtype, DEVICE: lambda one: one.device, SHAPE: lambda one: one.shape}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -54,9 +59,19 @@ def expect_shape(op: str, argument: str, value: Tensor, letters: str, shape: Seq
     expect(tuple(value.shape) == tuple(shape), op, argument, f"{letters} = {list(shape)}", list(value.shape))
 
 
+def _each(get: operator.attrgetter, tensors: Iterable[Tensor]) -> Iterable:
+    """An attribute of each tensor, by means of C alone."""
+    return map(TRACEABLE[get] if torch.compiler.is_compiling() else get, tensors)
+
+
+def shapes_of(tensors: Iterable[Tensor]) -> list[torch.Size]:
+    """The shape of each tensor."""
+    return list(_each(SHAPE, tensors))
+
+
 def dtypes_in(*lists: Sequence[Tensor]) -> set[torch.dtype]:
     """The dtypes of all tensors of the lists."""
-    return set().union(*(map(DTYPE, tensors) for tensors in lists))
+    return set(_each(DTYPE, chain(*lists)))
 
 
 def are_contiguous(*lists: Sequence[Tensor]) -> bool:
@@ -72,16 +87,21 @@ def list_reason(lists: Iterable[Sequence[Tensor]], what: str, *written: Sequence
     return None if are_contiguous(*written) else f"{what} have to be contiguous"
 
 
-def _are_alike(lists: Sequence[Sequence[Tensor]]) -> bool:
-    """Whether all are floating tensors, of the first list's shapes and on one device; by means of C alone."""
-    if not all(issubclass(kind, Tensor) for tensors in lists for kind in set(map(type, tensors))):
-        return False
-    shapes = list(map(SHAPE, lists[0]))
+def are_floating(*lists: Sequence) -> bool:
+    """Whether all are floating tensors on one device; by means of C alone."""
     return (
-        dtypes_in(*lists) <= set(FLOATS)
-        and len(set().union(*(map(DEVICE, tensors) for tensors in lists))) <= 1
-        and all(list(map(SHAPE, tensors)) == shapes for tensors in lists[1:])
+        all(issubclass(kind, Tensor) for kind in set(map(type, chain(*lists))))
+        and dtypes_in(*lists) <= set(FLOATS)
+        and len(set(_each(DEVICE, chain(*lists)))) <= 1
     )
+
+
+def _are_alike(lists: Sequence[Sequence[Tensor]]) -> bool:
+    """Whether all are floating tensors, of the first list's shapes and on one device."""
+    if not are_floating(*lists):
+        return False
+    shapes = shapes_of(lists[0])
+    return all(shapes_of(tensors) == shapes for tensors in lists[1:])
 
 
 def expect_lists(op: str, lists: dict[str, Sequence[Tensor]]) -> None:

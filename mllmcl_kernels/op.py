@@ -12,6 +12,7 @@ import functools
 import importlib
 import importlib.util
 import logging
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -33,6 +34,7 @@ REGISTRY: dict[str, Op] = {}
 PRIORITY = {"cpu": ("cpp", "chunked", "reference"), "cuda": ("cuda", "triton", "chunked", "reference")}
 #: types of tensors without a way of their own to run operators
 PLAIN = frozenset({Tensor, torch.nn.Parameter})
+REQUIRES_GRAD = operator.attrgetter("requires_grad")
 #: device types of the tensors that a backend takes
 DEVICES = {"cpp": ("cpu",), "cuda": ("cuda",), "triton": ("cuda", "cpu")}
 
@@ -91,6 +93,27 @@ def _count_change(changed: Tensor | Sequence[Tensor]) -> None:
     if any(map(Tensor.is_inference, tensors)):
         tensors = [tensor for tensor in tensors if not tensor.is_inference()]
     torch.autograd.graph.increment_version(tensors)
+
+
+def _in_a_row(args: Sequence, lengths: dict[int, int]) -> list:
+    """The arguments, with those that are lists laid out one tensor after the other."""
+    row: list = []
+    for place, arg in enumerate(args):
+        if place in lengths:
+            row += arg
+        else:
+            row.append(arg)
+    return row
+
+
+def _in_lists(row: Sequence, lengths: dict[int, int]) -> list:
+    """The inverse of `_in_a_row`."""
+    args, at, place = [], 0, 0
+    while at < len(row):
+        length = lengths.get(place)
+        args.append(row[at] if length is None else list(row[at : at + length]))
+        at, place = at + (1 if length is None else length), place + 1
+    return args
 
 
 def _is_watched() -> bool:
@@ -172,43 +195,56 @@ class Op:
         """Run the op: plain tensors at once, which saves tens of microseconds, all else through the dispatcher."""
         if _is_watched():
             return self.overload(*args, backend=backend)
-        device, wants_grad = "cpu", False
-        for arg in args:
+        device, wants_grad, lengths = "cpu", False, None
+        for place, arg in enumerate(args):
             if isinstance(arg, Tensor):
                 device = arg.device.type
                 if type(arg) not in PLAIN or device not in PRIORITY:
                     return self.overload(*args, backend=backend)
                 wants_grad = wants_grad or arg.requires_grad
             elif isinstance(arg, (list, tuple)) and arg and isinstance(arg[0], Tensor):
-                # a function of torch.autograd takes no gradient through lists
                 device = arg[0].device.type
-                if not (self.mutates and PLAIN.issuperset(map(type, arg)) and device in PRIORITY):
+                if not PLAIN.issuperset(map(type, arg)) or device not in PRIORITY:
                     return self.overload(*args, backend=backend)
+                wants_grad = wants_grad or any(map(REQUIRES_GRAD, arg))
+                lengths = {**(lengths or {}), place: len(arg)}
         wants_grad = wants_grad and torch.is_grad_enabled() and not self.mutates
         if wants_grad and self.backward is None:
             return self.overload(*args, backend=backend)
         if not torch.is_autocast_enabled(device):
-            return self.function.apply(*args, backend) if wants_grad else self._run(*args, backend=backend)
+            return self._apply(args, lengths, backend) if wants_grad else self._run(*args, backend=backend)
         args = self._cast(device, args)
         with _without_autocast():
-            return self.function.apply(*args, backend) if wants_grad else self._run(*args, backend=backend)
+            return self._apply(args, lengths, backend) if wants_grad else self._run(*args, backend=backend)
+
+    def _apply(self, args: Sequence, lengths: dict[int, int] | None, backend: str | None):
+        """Run the op with its gradient; `lengths` are those of the arguments that are lists of tensors, by place."""
+        if lengths is not None:
+            args = _in_a_row(args, lengths)
+        return self.function.apply(*args, lengths, backend)
 
     @functools.cached_property
     def function(self) -> type[torch.autograd.Function]:
-        """The op with its gradient for plain tensors; the last argument is the backend."""
+        """The op with its gradient for plain tensors, lists laid out in a row; the lengths of lists and the backend
+        come last."""
         op = self
 
         class Function(torch.autograd.Function):
             @staticmethod
             def forward(ctx, *args):
-                *args, ctx.backend = args
+                *args, ctx.lengths, ctx.backend = args
+                if ctx.lengths is not None:
+                    args = _in_lists(args, ctx.lengths)
                 output = op._run(*args, backend=ctx.backend)
                 op.setup_context(ctx, args, output)
                 return output
 
             @staticmethod
             def backward(ctx, *grads):
-                return (*op.backward(ctx, *grads), None)
+                grads = op.backward(ctx, *grads)
+                if ctx.lengths is not None:
+                    grads = _in_a_row(grads, ctx.lengths)
+                return (*grads, None, None)
 
         Function.__name__ = Function.__qualname__ = self.name
         return Function

@@ -11,7 +11,20 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from mllmcl.models import ExpertLinear, ExpertProjectorLinear, ExpertState
 from mllmcl.models.experts import select, with_batch
-from mllmcl_kernels import lora_mix, lora_mix_routed, route
+from mllmcl_kernels import (
+    Mask,
+    anchor_grad_,
+    ema_update_,
+    importance_update_,
+    lora_mix,
+    lora_mix_routed,
+    mask_grads_,
+    masked_adamw_,
+    orthogonality_loss,
+    project_grads_,
+    route,
+    sampled_product_l1,
+)
 
 from ..models.tiny import fill_experts, make_composed, make_samples
 
@@ -200,3 +213,42 @@ def test_decoder_layers_of_a_model():
     for eager, ours in zip(outcomes[:half], outcomes[half:], strict=True):
         torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-5)
     assert counter.frame_count == 2 * 2
+
+
+LISTS = {
+    "mask_grads_": lambda one, two, masks: mask_grads_(one, masks),
+    "anchor_grad_": lambda one, two, masks: anchor_grad_(one, two, [t * 2 for t in two], two, 0.5, masks=masks),
+    "project_grads_": lambda one, two, masks: project_grads_(one, [torch.eye(6)[:, :2], None]),
+    "ema_update_": lambda one, two, masks: ema_update_(one, two, decay=0.9, masks=masks),
+    "importance_update_": lambda one, two, masks: importance_update_(one, two, count=2, masks=masks),
+    "masked_adamw_": lambda one, two, masks: masked_adamw_(
+        one, two, [t * 0 for t in two], [t * 0 for t in two], masks, step=1, lr=0.1
+    ),
+    "orthogonality_loss": lambda one, two, masks: orthogonality_loss(one, two),
+    "sampled_product_l1": lambda one, two, masks: sampled_product_l1(
+        one, [t.t() for t in two], *[[torch.tensor([0, 3]), torch.tensor([1, 1])]] * 2
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_functions_over_lists(name):
+    """One graph; in place or with a loss and gradients, as in eager."""
+    run, counter = compiled(LISTS[name])
+    masks = [Mask.experts([True, False], ranks=(2, 2), dim=0), None]
+    outcomes = []
+    for function in (LISTS[name], run):
+        torch.manual_seed(0)
+        one, two = ([torch.rand(4, 6), torch.rand(5, 6)] for _ in range(2))
+        if not name.endswith("_"):
+            one = [tensor.requires_grad_() for tensor in one]
+        before = [tensor.detach().clone() for tensor in one]
+        loss = function(one, two, masks)
+        if loss is not None:
+            loss.backward()
+        found = [tensor.detach() for tensor in one] if loss is None else [tensor.grad for tensor in one]
+        assert not torch.equal(found[0], before[0])
+        outcomes.append(found)
+    assert counter.frame_count == 1
+    for eager, ours in zip(*outcomes, strict=True):
+        torch.testing.assert_close(ours, eager)

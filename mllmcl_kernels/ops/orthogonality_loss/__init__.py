@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
+from torch._utils import _unflatten_dense_tensors
 
-from ...checks import FLOATS, expect, expect_device, expect_floating, expect_tensor
+from ...checks import are_floating, dtypes_in, expect, expect_device, expect_floating, expect_tensor, shapes_of
 from ...op import Cost, Op
 from .reference import orthogonality_loss_reference
 from .samples import bad_samples, samples
@@ -33,18 +36,28 @@ def _fake(lora_a, previous_a, need):
 def _setup_context(ctx, inputs, output) -> None:
     lora_a, previous_a, need = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.like = [(new.shape, new.dtype) for new in lora_a]
+    ctx.shapes, ctx.dtype = shapes_of(lora_a), lora_a[0].dtype
     # without the gradient on the way it is made from the inputs
     ctx.save_for_backward(*([output[1]] if need else [*lora_a, *previous_a]))
 
 
+@functools.cache
+def _alike(shape: torch.Size) -> Tensor:
+    """One number that says what a gradient looks like."""
+    return torch.empty(()).expand(shape)
+
+
 def _backward(ctx, d_loss, _d_slope):
-    layers, saved = len(ctx.like), ctx.saved_tensors
+    layers, saved = len(ctx.shapes), ctx.saved_tensors
     slope = saved[0]
     if len(saved) > 1:
         slope = orthogonality_loss_op(list(saved[:layers]), list(saved[layers:]), True, backend=ctx.backend)[1]
-    parts = (slope * d_loss).split([shape.numel() for shape, _ in ctx.like])
-    grads = [part.view(shape).to(dtype) for part, (shape, dtype) in zip(parts, ctx.like, strict=True)]
+    slope = (slope * d_loss).to(ctx.dtype)
+    if type(slope) is Tensor:
+        grads = list(_unflatten_dense_tensors(slope, list(map(_alike, ctx.shapes))))
+    else:
+        sizes = [shape.numel() for shape in ctx.shapes]
+        grads = [part.view(shape) for part, shape in zip(slope.split(sizes), ctx.shapes, strict=True)]
     return grads, [None] * layers, None
 
 
@@ -66,13 +79,19 @@ orthogonality_loss_op = Op(
 def _check(op: str, lora_a: Sequence[Tensor], previous_a: Sequence[Tensor]) -> None:
     expect(len(lora_a) > 0, op, "lora_a", "at least one tensor", 0)
     expect(len(previous_a) == len(lora_a), op, "previous_a", f"as many as lora_a = {len(lora_a)}", len(previous_a))
+    if _fits(lora_a, previous_a):
+        return
     device = getattr(lora_a[0], "device", None)
     for index, pair in enumerate(zip(lora_a, previous_a, strict=True)):
-        # hundreds of layers a call: words are made on failure only
-        if not all(isinstance(one, Tensor) and one.dtype in FLOATS and one.dim() == 2 for one in pair) or not (
-            pair[0].device == pair[1].device == device and pair[0].shape[1] == pair[1].shape[1]
-        ):
-            _refuse(op, index, *pair, device)
+        _refuse(op, index, *pair, device)
+
+
+def _fits(lora_a: Sequence[Tensor], previous_a: Sequence[Tensor]) -> bool:
+    """Whether all are floating matrices on one device, of equal width layer by layer; by means of C alone."""
+    if not are_floating(lora_a, previous_a):
+        return False
+    shapes = [shapes_of(tensors) for tensors in (lora_a, previous_a)]
+    return set(map(len, chain(*shapes))) == {2} and all(new[1] == old[1] for new, old in zip(*shapes, strict=True))
 
 
 def _refuse(op: str, index: int, new: object, old: object, device: torch.device) -> None:
@@ -81,7 +100,8 @@ def _refuse(op: str, index: int, new: object, old: object, device: torch.device)
         expect_floating(op, name, tensor)
         expect_device(op, name, tensor, device)
         expect(tensor.dim() == 2, op, name, "a matrix [ranks, d_in]", list(tensor.shape))
-    expect(False, op, f"previous_a[{index}]", f"[Q, d_in] with d_in = {new.shape[1]}", list(old.shape))
+    width = new.shape[1]
+    expect(old.shape[1] == width, op, f"previous_a[{index}]", f"[Q, d_in] with d_in = {width}", list(old.shape))
 
 
 def orthogonality_loss(
@@ -116,6 +136,8 @@ def orthogonality_loss(
     parts = []
     for dtype, places in alike.items():
         now = torch.is_grad_enabled() and any(news[place].requires_grad for place in places)
-        lists = [news[place] for place in places], [olds[place].detach().to(dtype) for place in places]
-        parts.append(orthogonality_loss_op(*lists, now, backend=backend)[0])
-    return torch.stack(parts).sum()
+        others = [olds[place] for place in places]
+        if any(old.requires_grad for old in others) or dtypes_in(others) != {dtype}:
+            others = [old.detach().to(dtype) for old in others]
+        parts.append(orthogonality_loss_op([news[place] for place in places], others, now, backend=backend)[0])
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
