@@ -55,7 +55,7 @@ def project_grads_(grads: Sequence[Tensor], bases: Sequence[Tensor | None], *, b
         grads: floating tensors `[..., d]`.
         bases: for each gradient an M `[d, k]` with orthonormal columns, cast to the gradient's dtype; k may differ.
             None or k = 0 leaves the gradient as it is.
-        backend: "reference", or None to choose. Both products go through torch's matrix multiplication.
+        backend: "reference", "chunked", "cpp", "triton", or None to choose.
 
     Raises:
         TypeError, ValueError: no tensors, counts that differ, a basis whose rows do not fit.
@@ -79,6 +79,6 @@ def project_grads_(grads: Sequence[Tensor], bases: Sequence[Tensor | None], *, b
         _check_basis(op, index, grad, basis)
         if basis.shape[1]:
             chosen.append(grad)
-            subspaces.append(basis.to(grad.dtype))
+            subspaces.append(basis if basis.dtype == grad.dtype else basis.to(grad.dtype))
     if chosen:
         project_grads_op(chosen, subspaces, backend=backend)
