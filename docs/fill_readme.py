@@ -13,11 +13,13 @@ import importlib.util
 import json
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 README = Path(__file__).parents[1] / "README.md"
 BENCHMARKS = README.parent / "benchmarks" / "README.md"
+#: contestants that do less, or that are ours
+NO_PEERS = ("base linear", "route, then lora_mix")
 PROVIDERS = {"C++": "cpp", "Triton": "triton", "CUDA C++": "cuda"}
 
 
@@ -62,24 +64,37 @@ def streams() -> str:
     )
 
 
-def races() -> str:
-    """Every case of `results/*.json` that has a peer: ours, the best peer, the loop over experts, and the limit."""
-    rows = []
+def _raced() -> Iterator[tuple[list[str], list[str]]]:
+    """Every case of `results/*.json` that has a peer: op, case, ours; best peer, ratios, limit, device."""
     for path in sorted((BENCHMARKS.parent / "results").glob("*.json")):
         found = json.loads(path.read_text())
         device = f"{found['device']}, {found['date'][:10]}"
         for case in found["cases"]:
             if not case["peer_over_ours"] or case["op"] == "training step":
                 continue
-            peers = {name: ratio for name, ratio in case["peer_over_ours"].items() if name != "base linear"}
+            peers = {name: ratio for name, ratio in case["peer_over_ours"].items() if name not in NO_PEERS}
             best = min(peers, key=peers.get)
             loop = next((f"{ratio:.2f}x" for name, ratio in peers.items() if name.startswith("loop")), "")
             ours = 1e3 * case["seconds"]["ours"]["median"]
             share = case["rates"].get("ours", {}).get("share")
             limit = "" if share is None else f"{100 * share:.0f} %"
             name = case["case"].replace("|", "\\|")
-            rows.append([case["op"], name, f"{ours:.2f}", best, f"{peers[best]:.2f}x", loop, limit, device])
-    return table(("op", "case", "ours, ms", "best peer", "best peer / ours", "loop / ours", "of limit", "device"), rows)
+            yield [case["op"], name, f"{ours:.2f}"], [best, f"{peers[best]:.2f}x", loop, limit, device]
+
+
+def races() -> str:
+    """Every case: ours, the best peer, the loop over experts, and the limit."""
+    head = ("op", "case", "ours, ms", "best peer", "best peer / ours", "loop / ours", "of limit", "device")
+    return table(head, ([*case, *rest] for case, rest in _raced()))
+
+
+def highlights() -> str:
+    """The first case of every op."""
+    firsts: dict[tuple[str, str], list[str]] = {}
+    for case, (best, ratio, loop, _limit, device) in _raced():
+        firsts.setdefault((case[0], device), [*case, best, ratio, loop, device])
+    head = ("op", "case", "ours, ms", "best peer", "best peer / ours", "loop / ours", "device")
+    return table(head, firsts.values())
 
 
 def steps() -> str:
@@ -122,7 +137,7 @@ def sweep() -> str:
 
 #: file to its tables
 TABLES = {
-    README: {"ops": ops, "methods": methods, "streams": streams},
+    README: {"ops": ops, "methods": methods, "streams": streams, "highlights": highlights},
     BENCHMARKS: {"races": races, "steps": steps, "sweep": sweep},
 }
 
