@@ -206,7 +206,7 @@ class Op:
                 device = arg[0].device.type
                 if not PLAIN.issuperset(map(type, arg)) or device not in PRIORITY:
                     return self.overload(*args, backend=backend)
-                wants_grad = wants_grad or any(map(REQUIRES_GRAD, arg))
+                wants_grad = wants_grad or (not self.mutates and any(map(REQUIRES_GRAD, arg)))
                 lengths = {**(lengths or {}), place: len(arg)}
         wants_grad = wants_grad and torch.is_grad_enabled() and not self.mutates
         if wants_grad and self.backward is None:

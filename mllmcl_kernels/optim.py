@@ -17,25 +17,30 @@ __all__ = ["MaskedAdamW"]
 
 @dataclass
 class _Cohort:
-    """Parameters of a group that stand at one step, their state, and their masks as the op takes them."""
+    """Parameters of a group that stand at one step, their state, and their masks as the op takes them.
+
+    places: where in the group's parameters with a gradient they are. step: one tensor, in the state of all of them.
+    """
 
     params: list[Tensor]
+    places: list[int]
     states: list[dict]
+    step: Tensor
     count: float
     masks: tuple[list, list, list]
 
     def holds(self, state: dict) -> bool:
         """Whether the state is still the optimizer's own and stands where it is thought to stand."""
         same = all(state.get(param) is own for param, own in zip(self.params, self.states, strict=True))
-        return same and float(self.states[0]["step"]) == self.count
+        return same and all(own["step"] is self.step for own in self.states) and float(self.step) == self.count
 
 
 class MaskedAdamW(torch.optim.Optimizer):
     """AdamW whose masked-out entries keep parameter and moments bit for bit.
 
-    State and its layout are those of `torch.optim.AdamW` (`step`, `exp_avg`, `exp_avg_sq` for each parameter); masks
-    are configuration, not state. `max_norm` clips by the global norm of the gradients that the masks let through,
-    without a host wait.
+    State and its layout are those of `torch.optim.AdamW` (`step`, `exp_avg`, `exp_avg_sq` for each parameter;
+    parameters that stand at one step share the tensor that counts it); masks are configuration, not state. `max_norm`
+    clips by the global norm of the gradients that the masks let through, without a host wait.
 
     Args:
         params: parameters or parameter groups.
@@ -99,14 +104,15 @@ class MaskedAdamW(torch.optim.Optimizer):
         """The factor that brings the norm of the masked gradients down to max_norm."""
         if self.max_norm is None:
             return 1.0
-        norms = []
+        alike: dict[tuple, list[Tensor]] = {}
         for param in (param for group in self.param_groups for param in group["params"]):
-            if param.grad is not None:
+            if (grad := param.grad) is not None:
                 mask = self._masks.get(param)
-                grad = param.grad if mask is None else torch.where(mask.expand(param.shape), param.grad, 0.0)
-                norms.append(torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32)))
-        if not norms:
+                grad = grad if mask is None else torch.where(mask.expand(param.shape), grad, 0.0)
+                alike.setdefault((grad.device, torch.promote_types(grad.dtype, torch.float32)), []).append(grad)
+        if not alike:
             return 1.0
+        norms = [norm for (_, dtype), grads in alike.items() for norm in torch._foreach_norm(grads, dtype=dtype)]
         self.grad_norm = torch.linalg.vector_norm(torch.stack(norms))
         return (self.max_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
 
@@ -135,16 +141,19 @@ class MaskedAdamW(torch.optim.Optimizer):
             return loss
         scale = expect_number("MaskedAdamW", "grad_scale", self._scale())
         for number, group in enumerate(self.param_groups):
-            params = [param for param in group["params"] if param.grad is not None]
+            params, grads = group["params"], [param.grad for param in group["params"]]
+            if any(grad is None for grad in grads):
+                params = [param for param, grad in zip(params, grads, strict=True) if grad is not None]
+                grads = [grad for grad in grads if grad is not None]
             lr = expect_number("MaskedAdamW", "lr", group["lr"], ">= 0", 0)
             beta1, beta2 = group["betas"]
             for cohort in self._cohorts(number, params):
-                torch._foreach_add_([state["step"] for state in cohort.states], 1.0)
+                cohort.step.add_(1.0)
                 cohort.count += 1.0
                 # torch sees to it that gradients fit their parameters, so that nothing is checked again
                 masked_adamw_op(
                     cohort.params,
-                    [param.grad for param in cohort.params],
+                    [grads[place] for place in cohort.places],
                     [state["exp_avg"] for state in cohort.states],
                     [state["exp_avg_sq"] for state in cohort.states],
                     *cohort.masks,
@@ -163,17 +172,17 @@ class MaskedAdamW(torch.optim.Optimizer):
         before, cohorts = self._known.get(number, ([], []))
         same = len(before) == len(params) and all(old is new for old, new in zip(before, params, strict=True))
         if not same or not all(cohort.holds(self.state) for cohort in cohorts):
-            by_step: dict[float, list[Tensor]] = {}
-            for param in params:
-                by_step.setdefault(float(self._moments(param)["step"]), []).append(param)
-            cohorts = [
-                _Cohort(
-                    members,
-                    [self.state[param] for param in members],
-                    count,
-                    flatten_masks("MaskedAdamW", members, [self._masks.get(param) for param in members]),
-                )
-                for count, members in by_step.items()
-            ]
-            self._known[number] = params, cohorts
+            by_step: dict[float, list[int]] = {}
+            for place, param in enumerate(params):
+                by_step.setdefault(float(self._moments(param)["step"]), []).append(place)
+            cohorts = [self._cohort(params, places, count) for count, places in by_step.items()]
+            self._known[number] = list(params), cohorts
         return cohorts
+
+    def _cohort(self, params: list[Tensor], places: list[int], count: float) -> _Cohort:
+        members = [params[place] for place in places]
+        states, step = [self.state[param] for param in members], torch.tensor(count, dtype=torch.float32)
+        for state in states:
+            state["step"] = step  # one for all: hundreds of additions to single numbers take a millisecond
+        masks = flatten_masks("MaskedAdamW", members, [self._masks.get(param) for param in members])
+        return _Cohort(members, places, states, step, count, masks)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -194,3 +196,26 @@ def test_one_expert_of_a_stack_trains_and_the_others_stay():
     keep[3:7] = False
     assert torch.equal(a.detach()[keep], before_a[keep]) and torch.equal(b.detach()[:, keep], before_b[:, keep])
     assert (a.detach() != before_a)[~keep].all() and (b.detach() != before_b)[:, ~keep].all()
+
+
+def test_parameters_that_miss_steps_count_their_own():
+    """As torch's AdamW, with a state that was loaded on the way: each parameter's bias correction is its own."""
+    torch.manual_seed(0)
+    start = [torch.randn(3, 4, dtype=torch.float64) for _ in range(3)]
+    grads = torch.randn(6, 3, 3, 4, dtype=torch.float64)
+    outcomes = []
+    for kind in (MaskedAdamW, torch.optim.AdamW):
+        params = [value.clone().requires_grad_() for value in start]
+        optimizer = kind(params, lr=0.1, weight_decay=0.01)
+        for number, here in enumerate([(0, 1, 2), (0,), (0, 2), (0, 1, 2), (1,), (0, 1, 2)]):
+            for place, param in enumerate(params):
+                param.grad = grads[number, place].clone() if place in here else None
+            if number == 3:
+                held = copy.deepcopy(optimizer.state_dict())
+                optimizer = kind(params, lr=0.1, weight_decay=0.01)
+                optimizer.load_state_dict(held)
+            optimizer.step()
+        outcomes.append([*params, *(optimizer.state[param]["step"] for param in params)])
+    assert [float(step) for step in outcomes[0][3:]] == [5.0, 4.0, 4.0]
+    for ours, theirs in zip(*outcomes, strict=True):
+        torch.testing.assert_close(ours, theirs, check_dtype=False)
