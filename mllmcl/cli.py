@@ -152,12 +152,14 @@ def build_model(config: ModelConfig, seed: int):
 def check(settings: RunConfig):
     """Everything that can be checked without weights: method and options, stream and its items, the run folder."""
     from . import methods, streams
+    from .evaluation import check_scorers
 
     method = methods.create(settings.method.name, **settings.method.options)
     stream = streams.load(settings.stream.name, root=settings.stream.root, **settings.stream.options)
     if not stream.tasks:
         raise ValueError(f"stream {stream.name} has no tasks")
     stream.validate()
+    check_scorers(stream.tasks)
     folder = Path(settings.train.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     return method, stream

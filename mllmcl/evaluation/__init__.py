@@ -5,7 +5,7 @@ report = Report.load("runs/mr_lora")
 write_report(["runs/mr_lora", "runs/finetune"], "comparison.html")
 """
 
-from .evaluator import check_batching, evaluate
+from .evaluator import check_batching, check_scorers, evaluate
 from .matrix import AccuracyMatrix
 from .metrics import METRICS, bootstrap, compute_metrics, value
 from .predictions import (
@@ -28,6 +28,7 @@ __all__ = [
     "Report",
     "bootstrap",
     "check_batching",
+    "check_scorers",
     "compute_metrics",
     "diagnose",
     "evaluate",

@@ -12,7 +12,7 @@ import numpy as np
 from .predictions import Prediction
 from .scorers import scorer as find_scorer
 
-__all__ = ["Answerer", "check_batching", "evaluate"]
+__all__ = ["Answerer", "check_batching", "check_scorers", "evaluate"]
 
 #: batches whose samples are sorted and handed over together, so that progress is told in between
 BATCHES_A_CALL = 4
@@ -50,7 +50,7 @@ def evaluate(
     Args:
         experts: "route" (the router's choice for each sample; without a router what the model does by itself), integer
             ids `[B]` (-1: base alone), floats `[E]` or `[B, E]`, or None (the model's default), as in `generate`.
-        scorer: the name of a scorer, or task -> name.
+        scorer: the name of a scorer, or task -> name. A sample whose metadata name a `scorer` is scored by that one.
         answered: (item id, expert id) -> the answer that is known already; such items are not answered again.
         progress: called with the number of samples just done.
 
@@ -86,10 +86,25 @@ def evaluate(
             gold=sample.answer,
             prediction=answers[place],
             expert=None if ids is None else int(ids[place]),
-            score=float(score[sample.task](answers[place], sample.answer)),
+            score=float(_scorer_of(sample, score)(answers[place], sample.answer)),
         )
         for place, sample in enumerate(samples)
     ]
+
+
+def check_scorers(tasks: Sequence) -> None:
+    """Raise ValueError where a task, or a test sample for itself, names a scorer that is none."""
+    for task in tasks:
+        for name in {task.scorer, *(sample.metadata.get("scorer", task.scorer) for sample in task.test)}:
+            try:
+                find_scorer(name)
+            except ValueError as error:
+                raise ValueError(f"task {task.name}: {error}") from error
+
+
+def _scorer_of(sample, by_task: Mapping[str, Callable]) -> Callable:
+    own = getattr(sample, "metadata", {}).get("scorer")
+    return by_task[sample.task] if own is None else find_scorer(own)
 
 
 def _scores_by_task(scorer: str | Mapping[str, str], samples: Sequence) -> dict[str, Callable]:

@@ -20,6 +20,7 @@ Scorer = Callable[[str, str], float]
 #: name -> function (prediction, gold) -> float in [0, 1]
 SCORERS: dict[str, Scorer] = {}
 
+NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 #: several accepted answers in one gold string
 ALTERNATIVES = "|"
 
@@ -98,6 +99,31 @@ def any_substring(prediction: str, gold: str) -> float:
     """1 if one of the gold answers, separated by "|", is in the prediction. Source: OCRBench, MLLM-CL `eval_ocr`."""
     text = prediction.lower().strip().replace("\n", "")
     return float(any(answer.lower().strip().replace("\n", "") in text for answer in gold.split(ALTERNATIVES)))
+
+
+@_register
+def either_substring(prediction: str, gold: str) -> float:
+    """1 if one of the two texts holds the other, also an empty prediction. Source: CoIN, its ImageNet task."""
+    return float(gold in prediction or prediction in gold)
+
+
+@_register
+def box_iou(prediction: str, gold: str) -> float:
+    """1 if two boxes `[x1, y1, x2, y2]` overlap by more than half of their union.
+
+    A prediction without exactly four numbers is wrong. Source: CoIN, its grounding task, which also cuts the first and
+    the last character of a prediction, brackets or not; here only brackets are cut. Gold answers that are no boxes have
+    to be met exactly.
+    """
+    boxes = [[float(number) for number in NUMBER.findall(text)] for text in (prediction, gold)]
+    if len(boxes[1]) != 4:
+        return exact_match(prediction, gold)
+    if len(boxes[0]) != 4:
+        return 0.0
+    (x1, y1, x2, y2), (u1, v1, u2, v2) = boxes
+    common = max(0.0, min(x2, u2) - max(x1, u1)) * max(0.0, min(y2, v2) - max(y1, v1))
+    union = (x2 - x1) * (y2 - y1) + (u2 - u1) * (v2 - v1) - common
+    return float(union > 0 and common / union > 0.5)
 
 
 @_register

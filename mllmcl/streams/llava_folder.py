@@ -3,7 +3,8 @@
 A task is a pair of JSON arrays, in one of these places:
 
     folder/stream.json                          {"name", "note", "tasks": [{"name", "description", "train", "test",
-                                                 "image_folder", "scorer"}]}: says the order and where things lie
+                                                 "image_folder", "test_image_folder", "answer_field", "scorer"}]}:
+                                                 says the order and where things lie
     folder/<task>/train.json, test.json         one sub-folder for each task, in the order of their names
     folder/<task>_train.json, <task>_test.json  one pair of files for each task, in the order of their names
 
@@ -13,7 +14,8 @@ An entry of either array has one of the two forms
     {"id" | "question_id", "image", "text", "answer"}
 
 with "image" relative to the image folder, which is the task's folder unless `stream.json` says otherwise; without
-"image" it is a question on text alone. An answer may be a list of accepted ones. Other fields go into the metadata.
+"image" it is a question on text alone. An answer may be a list of accepted ones. Other fields go into the metadata, of
+which "scorer" names the scorer of that entry alone.
 """
 
 from __future__ import annotations
@@ -28,12 +30,12 @@ import numpy as np
 from ..seeds import derive_seed
 from .base import Sample, Stream, Task, check_seed, chosen_tasks
 
-__all__ = ["load_folder"]
+__all__ = ["load_folder", "load_tasks"]
 
 STREAM_FILE = "stream.json"
 IMAGE_TOKEN = "<image>"
 STREAM_KEYS = ("name", "note", "tasks")
-TASK_KEYS = ("name", "description", "train", "test", "image_folder", "scorer")
+TASK_KEYS = ("name", "description", "train", "test", "image_folder", "test_image_folder", "answer_field", "scorer")
 
 
 def load_folder(
@@ -55,20 +57,40 @@ def load_folder(
     Raises:
         ValueError: what does not fit, by file, index and field.
     """
+    described = folder / STREAM_FILE
+    settings = _settings(described) if described.exists() else {"tasks": _found_tasks(folder)}
+    return load_tasks(
+        folder,
+        settings["tasks"],
+        name=settings.get("name", folder.resolve().name),
+        note=settings.get("note", f"read from {folder}"),
+        num_train=num_train,
+        num_test=num_test,
+        seed=seed,
+        tasks=tasks,
+    )
+
+
+def load_tasks(
+    folder: Path,
+    entries: Sequence[dict],
+    *,
+    name: str,
+    note: str,
+    num_train: int | None = None,
+    num_test: int | None = None,
+    seed: int = 0,
+    tasks: Sequence[str] | None = None,
+) -> Stream:
+    """The stream of tasks told as in `stream.json`; options and errors are those of `load_folder`."""
     for option, value in (("num_train", num_train), ("num_test", num_test)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"{option} must be None or an integer of at least 1, got {value!r}")
     check_seed(seed)
-    described = folder / STREAM_FILE
-    settings = _settings(described) if described.exists() else {"tasks": _found_tasks(folder)}
-    by_name = {entry["name"]: entry for entry in settings["tasks"]}
-    chosen = chosen_tasks(list(by_name), tasks)
+    by_name = {entry["name"]: entry for entry in entries}
     counts = {"train": num_train, "test": num_test}
-    return Stream(
-        name=settings.get("name", folder.resolve().name),
-        tasks=tuple(_task(folder, by_name[name], counts, seed) for name in chosen),
-        note=settings.get("note", f"read from {folder}"),
-    )
+    chosen = tuple(_task(folder, by_name[task], counts, seed) for task in chosen_tasks(list(by_name), tasks))
+    return Stream(name=name, tasks=chosen, note=note)
 
 
 def _found_tasks(folder: Path) -> list[dict]:
@@ -136,12 +158,12 @@ def _json(path: Path) -> object:
 
 
 def _task(folder: Path, entry: dict, counts: dict[str, int | None], seed: int) -> Task:
-    name = entry["name"]
-    images = folder / entry.get("image_folder", ".")
-    parts = {
-        part: _subset(_samples(folder / entry[part], name, part, images), count, derive_seed(seed, name, part))
-        for part, count in counts.items()
-    }
+    name, images = entry["name"], entry.get("image_folder", ".")
+    folders = {"train": folder / images, "test": folder / entry.get("test_image_folder", images)}
+    parts = {}
+    for part, count in counts.items():
+        found = _samples(folder / entry[part], name, part, folders[part], entry.get("answer_field", "answer"))
+        parts[part] = _subset(found, count, derive_seed(seed, name, part))
     description = entry.get("description", f"Questions of {name.replace('_', ' ')}.")
     return Task(name=name, description=description, scorer=entry.get("scorer", "exact_match"), **parts)
 
@@ -153,14 +175,14 @@ def _subset(samples: list[Sample], count: int | None, seed: int) -> list[Sample]
     return [samples[place] for place in sorted(places)]
 
 
-def _samples(path: Path, task: str, part: str, images: Path) -> list[Sample]:
+def _samples(path: Path, task: str, part: str, images: Path, field: str) -> list[Sample]:
     entries = _json(path)
     if not isinstance(entries, list):
         raise ValueError(f"{path} must hold a JSON array, got {type(entries).__name__}")
-    return [_sample(entry, f"{path}[{index}]", task, part, images) for index, entry in enumerate(entries)]
+    return [_sample(entry, f"{path}[{index}]", task, part, images, field) for index, entry in enumerate(entries)]
 
 
-def _sample(entry: object, where: str, task: str, part: str, images: Path) -> Sample:
+def _sample(entry: object, where: str, task: str, part: str, images: Path, field: str) -> Sample:
     if not isinstance(entry, dict):
         raise ValueError(f"{where} must be an object, got {type(entry).__name__}")
     key = "question_id" if "question_id" in entry else "id"
@@ -169,8 +191,8 @@ def _sample(entry: object, where: str, task: str, part: str, images: Path) -> Sa
         question, answer = _turns(entry["conversations"], where)
         used = {key, "image", "conversations"}
     else:
-        question, answer = _field(entry, "text", where, str), _answer(entry, where)
-        used = {key, "image", "text", "answer"}
+        question, answer = _field(entry, "text", where, str), _answer(entry, field, where)
+        used = {key, "image", "text", field}
     return Sample(
         # the same number may name another question in another file
         id=f"{task}/{part}/{_field(entry, key, where, (str, int))}",
@@ -192,11 +214,11 @@ def _field(entry: dict, key: str, where: str, kind: type | tuple[type, ...]):
     return value
 
 
-def _answer(entry: dict, where: str) -> str:
-    value = _field(entry, "answer", where, (str, int, float, list))
+def _answer(entry: dict, field: str, where: str) -> str:
+    value = _field(entry, field, where, (str, int, float, list))
     if isinstance(value, list):
         if not all(isinstance(one, str) for one in value):
-            raise ValueError(f"{where}.answer must be a list of str, got {value!r}")
+            raise ValueError(f"{where}.{field} must be a list of str, got {value!r}")
         # as the scorers with several accepted answers read them
         return "|".join(value)
     return str(value)

@@ -21,7 +21,7 @@ from torch import nn
 
 from mllmcl_kernels import MaskedAdamW
 
-from ..evaluation import Report
+from ..evaluation import Report, check_scorers
 from ..files import FolderLock, append_line
 from ..methods import Method, Phase
 from ..models import MLLM
@@ -88,10 +88,12 @@ def train(mllm: MLLM, method: Method, stream: Stream, config: TrainConfig) -> Re
         Report with the accuracy matrix and metrics; the run folder holds the same and more.
 
     Raises:
+        ValueError: a task or a test sample names a scorer that is none.
         RuntimeError: the folder is in use, a trainable tensor gets no gradient, or a frozen one moves.
         FloatingPointError: a loss or gradient norm that is no number, before the optimizer moves anything.
         CheckpointError: a folder of another run, or no checkpoint of it can be used.
     """
+    check_scorers(stream.tasks)
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     with FolderLock(folder):
