@@ -29,3 +29,7 @@ def __getattr__(name: str):
     if name in ("assets", "evaluation", "methods", "models", "streams", "training"):
         return importlib.import_module(f"mllmcl.{name}")
     raise AttributeError(f"module 'mllmcl' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -8,6 +8,7 @@ import importlib.metadata
 import inspect
 import pkgutil
 
+from ..options import check_types
 from .base import Method, Phase
 
 __all__ = ["Method", "Phase", "available", "create", "find"]
@@ -58,11 +59,15 @@ def create(name: str, **options) -> Method:
     """A method with its options, e.g. `create("mr_lora", rank=8, router="prototype")`.
 
     Raises:
-        ValueError: unknown name. TypeError: unknown option, with the ones it takes.
+        ValueError: unknown name, an option out of range. TypeError: unknown option, with the ones it takes, or an
+            option of another type.
     """
     method = find(name)
     known = inspect.signature(method).parameters
     unknown = [option for option in options if option not in known]
     if unknown:
         raise TypeError(f"method {name} takes {', '.join(known)}, got {', '.join(unknown)}")
-    return method(**options)
+    check_types(method, options, f"method {name}: ")
+    made = method(**options)
+    made.check_options()
+    return made

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
+
+from ..options import check_at_least
 
 if TYPE_CHECKING:
     from ..models import MLLM
@@ -92,6 +95,9 @@ class Method:
 
     def __post_init__(self) -> None:
         """Check the options; make what is no option."""
+
+    def check_options(self) -> None:
+        """Raise ValueError where options that methods share are out of range; `create` calls it."""
 
     def setup(self, mllm: MLLM, stream: Stream) -> None:
         """Put into the model what the method needs, once, before any state is loaded."""
@@ -180,6 +186,14 @@ class LoraMethod(Method):
 
     num_experts: ClassVar[int] = 1
     router_score: ClassVar[str | None] = None
+
+    def check_options(self) -> None:
+        super().check_options()
+        check_at_least(self, 1, ("rank",))
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(f"alpha must be positive, got {self.alpha}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
 
     def setup(self, mllm: MLLM, stream: Stream) -> None:
         super().setup(mllm, stream)

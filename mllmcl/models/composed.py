@@ -12,6 +12,8 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
+from ..options import check_model_name
+
 __all__ = ["IMAGE_TOKEN_ID", "ComposedModel", "Projector", "load_language"]
 
 #: the id that stands for one image token in `input_ids`; below zero, so that no text can produce it
@@ -102,6 +104,7 @@ def load_language(language: str | nn.Module, tokenizer=None, num_layers: int | N
         return smollm2.load(num_layers, dtype)
     if num_layers is not None:
         raise ValueError(f"num_layers: only for smollm2-135m-instruct, got language {language!r}")
+    check_model_name("language", language, ("smollm2-135m-instruct",))
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(language, dtype=dtype)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mllmcl_kernels import Mask
 
-from ..streams.base import Sample
+from ..options import check_model_name
 from . import families
 from .batch import Batch, Encoded, answer_places, pad_rows, prompt_mask
 from .description import described
@@ -23,6 +23,7 @@ from .experts import ExpertLinear, ExpertProjectorLinear, ExpertState, select, w
 from .families.base import first_module
 from .features import FeatureCache, image_key
 from .generation import greedy
+from .perplexity import perplexity
 from .prefixes import Prefixes
 from .prompts import SoftPrompts, prompt_rows, prompting
 from .steering import Steering
@@ -84,7 +85,12 @@ class MLLM:
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
     ) -> MLLM:
-        """Any image-text-to-text model of transformers, with its processor."""
+        """Any image-text-to-text model of transformers, with its processor.
+
+        Raises:
+            ValueError: a path without a folder there. OSError: the model hub has no such name, or cannot be reached.
+        """
+        check_model_name("name_or_folder", name_or_folder)
         from transformers import AutoModelForImageTextToText
 
         model = AutoModelForImageTextToText.from_pretrained(name_or_folder, dtype=dtype).eval().to(device)
@@ -149,6 +155,9 @@ class MLLM:
 
     def eval(self) -> MLLM:
         return self.train(False)
+
+    def __repr__(self) -> str:
+        return f"MLLM({self.describe().partition(chr(10))[0]})"
 
     def describe(self) -> str:
         """Trainable parameters, the layers with experts and the experts, as text."""
@@ -404,7 +413,7 @@ class MLLM:
         if not samples:
             raise ValueError("samples: expected at least one")
         encoded = self.family.encode(self, samples)
-        return self._padded(samples, encoded, self._answers(encoded, samples) if with_answers else None)
+        return self.padded(samples, encoded, self._answers(encoded, samples) if with_answers else None)
 
     def _answers(self, encoded: Encoded, samples: Sequence) -> list[list[int]]:
         """Token ids of each answer and the end token, as they are after the last character of the prompt."""
@@ -425,7 +434,8 @@ class MLLM:
             answers.append([*row[len(anchor) :], self.tokenizer.eos_token_id])
         return answers
 
-    def _padded(self, samples: Sequence, encoded: Encoded, answers: list[list[int]] | None) -> Batch:
+    def padded(self, samples: Sequence, encoded: Encoded, answers: list[list[int]] | None) -> Batch:
+        """A batch of encoded prompts, and of answers' tokens where there are some: those are padded on the right."""
         left = answers is None
         tails = answers or [[] for _ in samples]
         rows = [[*prompt, *tail] for prompt, tail in zip(encoded.ids, tails, strict=True)]
@@ -545,29 +555,8 @@ class MLLM:
             self.train(was_training)
 
     def perplexity(self, text: str, *, window: int = 256, batch_size: int = 8) -> float:
-        """Perplexity of plain text, without a prompt's template: exp of the mean negative log likelihood of a token.
-
-        Layers that look at the sample's question see the window itself in its place.
-
-        Args:
-            text: at least `window` tokens; it is cut into windows, and what is left at the end is not used. The first
-                token of a window is given.
-
-        Raises:
-            ValueError: the text is shorter than a window.
-        """
-        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        rows = [ids[start : start + window] for start in range(0, len(ids) - window + 1, window)]
-        if not rows:
-            raise ValueError(f"text: expected at least {window} tokens, got {len(ids)}")
-        total = torch.zeros((), device=self.device)
-        for start in range(0, len(rows), batch_size):
-            part = rows[start : start + batch_size]
-            encoded = Encoded(ids=[row[:1] for row in part], images={}, token_extras={})
-            windows = [Sample(id="", task="", question=self.tokenizer.decode(row), answer="") for row in part]
-            with torch.inference_mode():
-                total += self.loss(self._padded(windows, encoded, [row[1:] for row in part])) * len(part)
-        return float(torch.exp(total / len(rows)))
+        """Perplexity of plain text; see `perplexity.perplexity`."""
+        return perplexity(self, text, window, batch_size)
 
     @contextlib.contextmanager
     def _in_batch(self, batch: Batch, memory: dict[str, Tensor] | None = None) -> Iterator[None]:
@@ -616,6 +605,9 @@ class MLLM:
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
         samples = list(samples)
+        for place, sample in enumerate(samples):
+            if not hasattr(sample, "question"):
+                raise TypeError(f"samples[{place}]: expected a Sample, got {type(sample).__name__}")
         was_training = self.model.training
         self.eval()
         try:

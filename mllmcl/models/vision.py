@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..options import check_model_name
+
 __all__ = ["HFVision", "load_vision", "weights_identity"]
 
 ENCODER = ("preprocess", "hidden_size", "image_size")
@@ -57,6 +59,7 @@ def load_vision(vision: str | nn.Module, select_layer: int = -2, image_size: int
         return efficientnet_lite0.load(**({} if image_size is None else {"image_size": image_size}))
     if image_size is not None:
         raise ValueError(f"image_size: {vision!r} has the size of its own configuration, got {image_size}")
+    check_model_name("vision", vision, ("efficientnet-lite0",))
     from transformers import AutoImageProcessor, AutoModel
 
     model = AutoModel.from_pretrained(vision)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass
 from typing import Literal
+
+from ..options import check_at_least, check_types
 
 __all__ = ["TrainConfig"]
 
@@ -74,18 +77,16 @@ class TrainConfig:
     num_report_samples: int = 3
 
     def __post_init__(self) -> None:
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "eval_batch_size", "max_new_tokens",
-                     "save_steps", "logging_steps"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.max_steps is not None and self.max_steps < 1:
-            raise ValueError(f"max_steps must be at least 1 or None, got {self.max_steps}")
-        if self.num_train_epochs <= 0:
+        check_types(TrainConfig, vars(self))
+        counts = ("per_device_train_batch_size", "gradient_accumulation_steps", "eval_batch_size", "max_new_tokens")
+        check_at_least(self, 1, (*counts, "save_steps", "logging_steps", "max_steps"))
+        rates = ("learning_rate", "projector_learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm")
+        check_at_least(self, 0, (*rates, "num_report_samples"))
+        if not 0 < self.num_train_epochs < math.inf:
             raise ValueError(f"num_train_epochs must be positive, got {self.num_train_epochs}")
-        for name in ("learning_rate", "projector_learning_rate"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ValueError(f"{name} must be >= 0 or None, got {value}")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if not 0 <= self.warmup_ratio < 1:
             raise ValueError(f"warmup_ratio must be in [0, 1), got {self.warmup_ratio}")
 

@@ -1,0 +1,70 @@
+"""Options are refused by name, expectation and value before a model is there."""
+
+from __future__ import annotations
+
+import pytest
+
+from mllmcl import MLLM, TrainConfig, methods
+from mllmcl.models.composed import load_language
+from mllmcl.models.vision import load_vision
+
+from .models.tiny import make_composed
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "error", "words"),
+    [
+        ("lora", {"rank": 0}, ValueError, "rank must be at least 1, got 0"),
+        ("lora", {"rank": 2.0}, TypeError, "method lora: rank must be int, got 2.0"),
+        ("lora", {"rank": True}, TypeError, "rank must be int, got True"),
+        ("lora", {"alpha": -1}, ValueError, "alpha must be positive, got -1"),
+        ("lora", {"alpha": float("nan")}, ValueError, "alpha must be positive, got nan"),
+        ("mr_lora", {"dropout": 1.0}, ValueError, r"dropout must be in \[0, 1\), got 1.0"),
+        ("mr_lora", {"targets": 3}, TypeError, r"targets must be str or list\[str\], got 3"),
+        ("mr_lora", {"targets": ["q_proj", 3]}, TypeError, r"targets must be str or list\[str\], got"),
+        ("replay", {"per_task": 2.5}, TypeError, "method replay: per_task must be int, got 2.5"),
+        ("cl_moe", {"top_k": "two"}, TypeError, "method cl_moe: top_k must be int, got 'two'"),
+    ],
+)
+def test_a_methods_options(name, options, error, words):
+    with pytest.raises(error, match=words):
+        methods.create(name, **options)
+
+
+def test_every_default_fits_its_own_annotation():
+    for name in methods.available():
+        made = methods.create(name)
+        again = {key: value for key, value in vars(made).items() if key in made.__dataclass_fields__}
+        methods.create(name, **{key: value for key, value in again.items() if made.__dataclass_fields__[key].init})
+    assert methods.create("lora", alpha=16, targets=["q_proj"]).alpha == 16
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"learning_rate": "1e-3"}, TypeError, "learning_rate must be float or None, got '1e-3'"),
+        ({"learning_rate": float("nan")}, ValueError, "learning_rate must be at least 0, got nan"),
+        ({"per_device_train_batch_size": 0}, ValueError, "per_device_train_batch_size must be at least 1, got 0"),
+        ({"max_steps": 0}, ValueError, "max_steps must be at least 1, got 0"),
+        ({"num_train_epochs": 0}, ValueError, "num_train_epochs must be positive, got 0"),
+        ({"adam_beta2": 1.0}, ValueError, r"adam_beta2 must be in \[0, 1\), got 1.0"),
+        ({"lr_scheduler_type": "step"}, TypeError, "lr_scheduler_type must be one of 'cosine', 'linear', 'constant'"),
+        ({"bf16": 1}, TypeError, "bf16 must be bool, got 1"),
+    ],
+)
+def test_a_runs_options(options, error, words):
+    with pytest.raises(error, match=words):
+        TrainConfig(output_dir="somewhere", **options)
+
+
+def test_a_path_without_a_folder_is_no_name(tmp_path):
+    for load in (MLLM.from_pretrained, load_language, load_vision):
+        with pytest.raises(ValueError, match=r"a folder or a name on the model hub, got '.*/nothing': no such folder"):
+            load(str(tmp_path / "nothing"))
+
+
+def test_a_model_says_what_it_is_and_answers_samples_alone():
+    mllm = make_composed()
+    assert repr(mllm).startswith("MLLM(ComposedModel, family composed: ")
+    with pytest.raises(TypeError, match=r"samples\[0\]: expected a Sample, got str"):
+        mllm.generate(["what?"])
