@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import operator
 from collections.abc import Iterable, Sequence
 from itertools import chain
@@ -109,6 +110,9 @@ def expect_lists(op: str, lists: dict[str, Sequence[Tensor]]) -> None:
 
     A call may bring hundreds of tensors, so that words are made on failure only.
     """
+    for name, tensors in lists.items():
+        if not isinstance(tensors, Sequence):
+            expect(False, op, name, "a list of tensors", type(tensors).__name__, TypeError)
     (first, heads), *rest = lists.items()
     for name, tensors in rest:
         if len(tensors) != len(heads):
@@ -136,5 +140,6 @@ def expect_number(
     if isinstance(value, Tensor):
         expect(value.numel() == 1, op, argument, "a number or a tensor with one element", list(value.shape))
         return value.reshape(())
+    expect(isinstance(value, numbers.Real), op, argument, expected, repr(value), TypeError)
     expect(value >= low, op, argument, expected, value)
     return torch.tensor(value, dtype=torch.float64)

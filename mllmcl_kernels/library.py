@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["BACKENDS", "DEFAULT_BACKEND", "backends", "build_info", "debug_checks", "machine_reason"]
+__all__ = ["BACKENDS", "backends", "build_info", "debug_checks", "default_backend", "machine_reason"]
 
 log = logging.getLogger("mllmcl_kernels")
 FOLDER = Path(__file__).parent
@@ -27,14 +27,12 @@ FOLDER = Path(__file__).parent
 BACKENDS = ("cuda", "triton", "cpp", "chunked", "reference")
 
 
-def _default_backend() -> str | None:
+def default_backend() -> str | None:
+    """What `MLLMCL_BACKEND` says now; it goes before the order of the device."""
     name = os.environ.get("MLLMCL_BACKEND") or None
     if name is not None and name not in BACKENDS:
         raise ValueError(f"MLLMCL_BACKEND must be one of {', '.join(BACKENDS)}, got {name!r}")
     return name
-
-
-DEFAULT_BACKEND = _default_backend()
 
 
 def debug_checks() -> bool:

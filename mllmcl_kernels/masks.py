@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -53,6 +54,8 @@ class Mask:
         """
         mask = torch.as_tensor(mask)
         _expect_bool("experts", mask)
+        fits = all(isinstance(rank, numbers.Integral) and rank >= 0 for rank in ranks)
+        expect(fits, "Mask.experts", "ranks", "integers of at least 0", ranks)
         expect(
             mask.shape == (len(ranks),),
             "Mask.experts",

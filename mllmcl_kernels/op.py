@@ -326,8 +326,8 @@ class Op:
             return self.find(backend)
         tensor = _first_tensor(args)
         order = PRIORITY["cpu" if tensor is None else tensor.device.type]
-        if library.DEFAULT_BACKEND is not None:
-            order = (library.DEFAULT_BACKEND, *order)
+        if (default := library.default_backend()) is not None:
+            order = (default, *order)
         for name in order:
             reason = self.reason_against(name, args)
             if reason is None:

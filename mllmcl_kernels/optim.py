@@ -83,6 +83,8 @@ class MaskedAdamW(torch.optim.Optimizer):
         """Let only the entries that `mask` allows change from the next step on; None lifts the mask."""
         known = any(param is member for group in self.param_groups for member in group["params"])
         expect(known, "MaskedAdamW.set_mask", "param", "a parameter of this optimizer", tuple(param.shape))
+        if mask is not None and not isinstance(mask, Mask):
+            expect(False, "MaskedAdamW.set_mask", "mask", "a Mask or None", type(mask).__name__, TypeError)
         self._known.clear()
         if mask is None:
             self._masks.pop(param, None)

@@ -96,7 +96,7 @@ def ema_update_(
         averages, params: lists of equal length, shapes alike; averages may be wider than parameters.
         decay: the constant rule, in [0, 1]. mode: "dema" or "pema". One of the two has to be given.
         grads, previous_grads: for "dema", gradients of this step and of the one before.
-        squared_grads: for "pema", running means of the squared gradients (F).
+        squared_grads: for "pema", running means of the squared gradients (F); without them those of `grads` alone.
         granularity: what has a weight of its own: "tensor" (default of "dema"), "expert", "row" or "element" (default
             of "pema").
         dim: for "expert" and "row", the dimension of the slices, one for all or one for each tensor.
@@ -120,12 +120,14 @@ def ema_update_(
     op = "ema_update_"
     expect((decay is None) != (mode is None), op, "decay or mode", "one of the two", f"{decay} and {mode!r}")
     expect(mode in MODES, op, "mode", '"dema" or "pema"', repr(mode))
+    if mode == "pema" and squared_grads is None and grads is not None:
+        squared_grads, grads = [grad.detach().square() for grad in grads], None
     given = {"grads": grads, "previous_grads": previous_grads, "squared_grads": squared_grads}
     read = _wanted(op, mode, given)
     expect_lists(op, {"averages": averages, "params": params, **read})
     if mode is None:
         expect(0.0 <= decay <= 1.0, op, "decay", "in [0, 1]", decay)
-        expect(granularity is None, op, "granularity", "None with decay", repr(granularity))
+        expect(granularity in (None, "tensor"), op, "granularity", 'None or "tensor" with decay', repr(granularity))
     expect(0.0 < base_weight <= 1.0, op, "base_weight", "in (0, 1]", base_weight)
     expect(factor > 0.0, op, "factor", "positive", factor)
     default = "element" if mode == "pema" else "tensor"

@@ -73,7 +73,7 @@ def importance_update_(
         power: 2 for squares (EWC), 1 for absolute values (MAS, or importances that are joined by "max").
         reduce: "mean" over calls or "max".
         count: for "mean", the number of this call from 1 on, a number or a one-element tensor (one on the device is
-            never read by the host); importances start at zero.
+            never read by the host). None is 1: importances become x.
         owners: for "max", uint8 maps of the importances' shapes, or None. task: the id written there, 0 to 255.
         masks: a `Mask` or None for each tensor, or None for no mask at all.
         backend: "reference", "cpp", "triton", or None to choose.
@@ -94,13 +94,13 @@ def importance_update_(
     expect(power in (1, 2), op, "power", "1 or 2", power)
     expect(reduce in ("mean", "max"), op, "reduce", '"mean" or "max"', repr(reduce))
     larger = reduce == "max"
-    expect((count is None) == larger, op, "count", 'given with reduce="mean", and only there', count)
+    expect(count is None or not larger, op, "count", 'None with reduce="max"', count)
     expect(owners is None or larger, op, "owners", 'None with reduce="mean"', type(owners).__name__)
     expect((task is None) == (owners is None), op, "task", "given with owners, and only there", task)
     if owners is not None:
         expect(0 <= task <= 255, op, "task", "an id in 0..255", task)
         _check_owners(op, owners, importances)
-    number = expect_number(op, "count", 1.0 if larger else count, "at least 1", 1)
+    number = expect_number(op, "count", 1.0 if count is None else count, "at least 1", 1)
     flat = flatten_masks(op, importances, masks)
     if importances:
         lists = (list(importances), list(grads), list(owners or ()))

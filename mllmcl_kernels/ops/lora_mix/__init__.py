@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import numbers
 from collections.abc import Sequence
 
 import torch
@@ -130,11 +131,25 @@ def resolve_experts(
 ) -> tuple[list[int], list[float], list[bool]]:  # fmt: skip
     """Ranks, scalings and whether each trains, for every expert; looked up where the same was asked before."""
     find = _resolve_experts.__wrapped__ if torch.compiler.is_compiling() else _resolve_experts
-    given = (
-        value if value is None or isinstance(value, (bool, int, float)) else tuple(kind(item) for item in value)
-        for value, kind in ((ranks, int), (scaling, float), (trainable, bool))
-    )
-    return find(op, *given, total, experts)
+    ranks = None if ranks is None else _each(op, "ranks", ranks, int, "E integers or None")
+    if isinstance(scaling, numbers.Real):
+        scaling = float(scaling)
+    else:
+        scaling = _each(op, "scaling", scaling, float, "a number or E numbers")
+    trainable = None if trainable is None else _each(op, "trainable", trainable, bool, "E booleans or None")
+    return find(op, ranks, scaling, trainable, total, experts)
+
+
+def _each(op: str, argument: str, values, kind: type, expected: str) -> tuple:
+    """The values as `kind`; TypeError where that changes one or there is no sequence."""
+    try:
+        items = tuple(values)
+        found = tuple(map(kind, items))
+    except (TypeError, ValueError):
+        items, found = None, ()
+    if found != items:
+        expect(False, op, argument, expected, repr(values), TypeError)
+    return found
 
 
 def _is_layer(x, weight, bias, lora_a, lora_b) -> bool:
@@ -180,6 +195,8 @@ def flatten_gates(op: str, gates: Tensor | None, lead: torch.Size, ranks: Sequen
         return None
     experts = len(ranks)
     floating = gates.is_floating_point()
+    if not floating and gates.dtype not in (torch.int32, torch.int64):
+        gates = gates.to(torch.int64)
     if gates.shape == ((*lead, experts) if floating else lead):
         return gates.reshape(-1, experts) if floating else gates.reshape(-1)
     if floating:
@@ -295,6 +312,8 @@ def lora_mix(
         )
         expect_device(op, "gates", gates, x.device)
         if gates.is_floating_point():
+            if ranks is not None and (gates.dim() == 0 or gates.shape[-1] == 1) and hasattr(ranks, "__len__"):
+                gates = gates.expand(*gates.shape[:-1], len(ranks))
             experts = gates.shape[-1] if gates.dim() else None
         else:
             expect(ranks is not None, op, "ranks", "given with integer gates", None)

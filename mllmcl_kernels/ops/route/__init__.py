@@ -117,7 +117,7 @@ def check_options(
     op: str, x, experts: int, top_k, score, temperature, noise, expert_mask, token_mask
 ) -> tuple[int, Tensor | None, Tensor | None]:
     """top_k as an int, the expert mask as [M, E] and the noise drawn: what the low-level op takes."""
-    top_k = experts if top_k is None else top_k
+    chosen, top_k = top_k, experts if top_k is None else top_k
     expect(isinstance(top_k, int) and not isinstance(top_k, bool), op, "top_k", "an integer or None", top_k, TypeError)
     expect(1 <= top_k <= experts, op, "top_k", f"an integer in 1..E = {experts}", top_k)
     expect(score in SCORES, op, "score", f"one of {', '.join(SCORES)}", repr(score))
@@ -129,7 +129,7 @@ def check_options(
         _check_mask(op, "expert_mask", expert_mask, (*lead, experts), x.device)
         if expert_mask.dim() == 1:
             flat_mask = expert_mask[None]
-            if expert_mask.device.type == "cpu" and not torch.compiler.is_compiling():
+            if chosen is not None and expert_mask.device.type == "cpu" and not torch.compiler.is_compiling():
                 allowed = int(expert_mask.sum())
                 expect(top_k <= allowed, op, "top_k", f"at most the {allowed} allowed experts", top_k)
         else:

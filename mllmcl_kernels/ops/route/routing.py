@@ -44,7 +44,7 @@ class Routing:
     def _sum_E(self, table: Tensor) -> Tensor:
         """Sum over the counted tokens of `[..., E]`."""
         weights = self._weights()
-        return (table if weights is None else table * weights.unsqueeze(-1)).flatten(0, -2).sum(0)
+        return (table if weights is None else table * weights.unsqueeze(-1)).reshape(-1, table.shape[-1]).sum(0)
 
     @property
     def load(self) -> Tensor:
