@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -160,9 +161,69 @@ def check(settings: RunConfig):
         raise ValueError(f"stream {stream.name} has no tasks")
     stream.validate()
     check_scorers(stream.tasks)
+    _check_model(settings.model)
+    text = settings.train.language_text
+    if text not in (None, "python-topics") and not Path(text).is_file():
+        raise ValueError(f'train.language_text must be "python-topics" or a file, got {text!r}')
     folder = Path(settings.train.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    _check_folder(folder, settings, method, stream)
     return method, stream
+
+
+def _check_model(config: ModelConfig) -> None:
+    """What of a model's configuration is known to be wrong before anything is loaded."""
+    import torch
+
+    from .options import check_at_least, check_model_name
+
+    if config.pretrained is not None:
+        check_model_name("model.pretrained", config.pretrained)
+    else:
+        from .models.composed import PROJECTORS
+
+        check_model_name("model.vision", config.vision, ("efficientnet-lite0",))
+        check_model_name("model.language", config.language, ("smollm2-135m-instruct",))
+        if config.projector not in PROJECTORS:
+            raise ValueError(f"model.projector must be one of {', '.join(PROJECTORS)}, got {config.projector!r}")
+        if config.image_size is not None and (config.image_size <= 0 or config.image_size % 32):
+            raise ValueError(f"model.image_size must be a positive multiple of 32, got {config.image_size}")
+    check_at_least(config, 1, ("num_layers", "threads"))
+    if config.device != "auto":
+        try:
+            kind = torch.device(config.device).type
+        except RuntimeError as error:
+            raise ValueError(f"model.device must be auto, cpu or cuda, got {config.device!r}") from error
+        if kind == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"model.device: torch sees no CUDA device, got {config.device!r}")
+
+
+def _check_folder(folder: Path, settings: RunConfig, method, stream) -> None:
+    """That a run folder in use holds this run: the same method, options, stream and numbers of samples."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        return
+    import yaml
+
+    from .training.records import options_of
+
+    if settings.train.resume == "never":
+        raise ValueError(f"output_dir {folder} holds a run already; train.resume=auto continues it")
+    held = yaml.safe_load(path.read_text(encoding="utf-8"))
+
+    def told(method_name, options, stream_name, tasks, seed) -> dict:
+        counts = {task["name"]: [task["train"], task["test"]] for task in tasks}
+        values = {f"method.options.{name}": value for name, value in options.items()}
+        return {"method": method_name, **values, "stream": stream_name, "tasks": counts, "seed": seed}
+
+    tasks = [{"name": task.name, "train": len(task.train), "test": len(task.test)} for task in stream.tasks]
+    old = told(*held["method"].values(), held["stream"]["name"], held["stream"]["tasks"], held["train"]["seed"])
+    new = told(method.name, options_of(method), stream.name, tasks, settings.train.seed)
+    for name, value in json.loads(json.dumps(new)).items():
+        if old.get(name, value) != value:
+            raise ValueError(
+                f"output_dir {folder} holds another run: {name} was {old[name]!r}, is {value!r}; take another folder"
+            )
 
 
 def run(settings: RunConfig) -> int:

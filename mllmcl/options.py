@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import os
 import types
 import typing
@@ -15,7 +16,11 @@ def check_types(owner: type, values: Mapping[str, object], label: str = "") -> N
 
     An integer passes for a float; True and False pass for bool alone.
     """
-    hints = typing.get_type_hints(owner)
+    try:
+        hints = typing.get_type_hints(owner)
+    except NameError:
+        # annotations of names that only a type checker imports
+        return
     for name, value in values.items():
         if name in hints and not _fits(value, hints[name]):
             raise TypeError(f"{label}{name} must be {_words(hints[name])}, got {value!r}")
@@ -26,7 +31,11 @@ def check_at_least(values: object, least: float, names: Iterable[str]) -> None:
     for name in names:
         value = getattr(values, name)
         if value is not None and not value >= least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
+            raise ValueError(f"{name} must be at least {least}{_or_none(type(values), name)}, got {value}")
+
+
+def _or_none(owner: type, name: str) -> str:
+    return " or None" if "None" in str(owner.__annotations__.get(name, "")) else ""
 
 
 def check_model_name(argument: str, name: str | os.PathLike, known: Sequence[str] = ()) -> None:
@@ -50,8 +59,7 @@ def _fits(value: object, hint: object) -> bool:
     if hint is None or hint is types.NoneType:
         return value is None
     if hint in (int, float):
-        kinds = (int,) if hint is int else (int, float)
-        return isinstance(value, kinds) and not isinstance(value, bool)
+        return isinstance(value, numbers.Integral if hint is int else numbers.Real) and not isinstance(value, bool)
     return not isinstance(hint, type) or origin is not None or isinstance(value, hint)
 
 

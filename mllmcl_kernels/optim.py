@@ -46,6 +46,8 @@ class MaskedAdamW(torch.optim.Optimizer):
         params: parameters or parameter groups.
         lr, betas, eps, weight_decay: as in AdamW; lr may be a tensor.
         max_norm: clip the global norm of the masked gradients to this, None for no clipping.
+        error_if_nonfinite: raise FloatingPointError before anything moves where the norm of the gradients is no number;
+            on the CPU alone, elsewhere the host would have to wait.
         state_dtype: dtype of the moments, None for the parameter's.
 
     >>> layer = torch.nn.Linear(4, 4)
@@ -62,6 +64,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         *,
         max_norm: float | None = None,
+        error_if_nonfinite: bool = False,
         state_dtype: torch.dtype | None = None,
     ) -> None:
         op = "MaskedAdamW"
@@ -72,6 +75,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         expect(max_norm is None or max_norm > 0, op, "max_norm", "positive or None", max_norm)
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.max_norm = max_norm
+        self.error_if_nonfinite = error_if_nonfinite
         self.state_dtype = state_dtype
         self._masks: dict[Tensor, Mask] = {}
         #: by number of the group: its parameters with a gradient at the last step, and their cohorts
@@ -104,7 +108,7 @@ class MaskedAdamW(torch.optim.Optimizer):
 
     def _scale(self) -> float | Tensor:
         """The factor that brings the norm of the masked gradients down to max_norm."""
-        if self.max_norm is None:
+        if self.max_norm is None and not self.error_if_nonfinite:
             return 1.0
         alike: dict[tuple, list[Tensor]] = {}
         for param in (param for group in self.param_groups for param in group["params"]):
@@ -116,7 +120,11 @@ class MaskedAdamW(torch.optim.Optimizer):
             return 1.0
         norms = [norm for (_, dtype), grads in alike.items() for norm in torch._foreach_norm(grads, dtype=dtype)]
         self.grad_norm = torch.linalg.vector_norm(torch.stack(norms))
-        return (self.max_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
+        if self.error_if_nonfinite and self.grad_norm.device.type == "cpu" and not bool(self.grad_norm.isfinite()):
+            raise FloatingPointError(
+                f"MaskedAdamW: the norm of the gradients is {float(self.grad_norm)}; nothing moved"
+            )
+        return 1.0 if self.max_norm is None else (self.max_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
 
     def _only_initialises(self) -> bool:
         """Whether this is `get_optimizer_state_dict`'s hidden first step (lr 0, zero gradients): state, but no step.

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from mllmcl import MLLM, TrainConfig, methods
+from mllmcl import MLLM, TrainConfig, methods, streams
+from mllmcl.cli import MethodConfig, RunConfig, StreamConfig, check
 from mllmcl.models.composed import load_language
 from mllmcl.models.vision import load_vision
+from mllmcl.training.records import options_of, write_config
 
 from .models.tiny import make_composed
 
@@ -43,9 +47,9 @@ def test_every_default_fits_its_own_annotation():
     ("options", "error", "words"),
     [
         ({"learning_rate": "1e-3"}, TypeError, "learning_rate must be float or None, got '1e-3'"),
-        ({"learning_rate": float("nan")}, ValueError, "learning_rate must be at least 0, got nan"),
+        ({"learning_rate": float("nan")}, ValueError, "learning_rate must be at least 0 or None, got nan"),
         ({"per_device_train_batch_size": 0}, ValueError, "per_device_train_batch_size must be at least 1, got 0"),
-        ({"max_steps": 0}, ValueError, "max_steps must be at least 1, got 0"),
+        ({"max_steps": 0}, ValueError, "max_steps must be at least 1 or None, got 0"),
         ({"num_train_epochs": 0}, ValueError, "num_train_epochs must be positive, got 0"),
         ({"adam_beta2": 1.0}, ValueError, r"adam_beta2 must be in \[0, 1\), got 1.0"),
         ({"lr_scheduler_type": "step"}, TypeError, "lr_scheduler_type must be one of 'cosine', 'linear', 'constant'"),
@@ -55,6 +59,58 @@ def test_every_default_fits_its_own_annotation():
 def test_a_runs_options(options, error, words):
     with pytest.raises(error, match=words):
         TrainConfig(output_dir="somewhere", **options)
+
+
+@pytest.mark.parametrize(
+    ("section", "option", "value", "words"),
+    [
+        (
+            "model",
+            "pretrained",
+            "/nope/x",
+            "model.pretrained must be a folder or a name on the model hub, got '/nope/x'",
+        ),
+        (
+            "model",
+            "language",
+            "./nope",
+            "model.language must be smollm2-135m-instruct, a folder or a name on the model",
+        ),
+        ("model", "projector", "foo", "model.projector must be one of mlp2x_gelu, got 'foo'"),
+        ("model", "image_size", 33, "model.image_size must be a positive multiple of 32, got 33"),
+        ("model", "num_layers", -3, "num_layers must be at least 1 or None, got -3"),
+        ("model", "device", "foo", "model.device must be auto, cpu or cuda, got 'foo'"),
+        ("train", "language_text", "nofile", "train.language_text must be .* or a file, got 'nofile'"),
+        ("method", "options", {"rank": 4}, "holds another run: method.options.rank was 8, is 4"),
+        ("train", "seed", 3, "holds another run: seed was 0, is 3"),
+        ("train", "resume", "never", "holds a run already; train.resume=auto continues it"),
+    ],
+)
+def test_what_a_dry_run_finds(tmp_path, section, option, value, words):
+    task = [{"id": 0, "conversations": [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "yes"}]}]
+    for part in ("train", "test"):
+        (tmp_path / f"one_{part}.json").write_text(json.dumps(task))
+    settings = RunConfig(
+        train=TrainConfig(output_dir=tmp_path / "run"),
+        method=MethodConfig(name="lora"),
+        stream=StreamConfig(name=str(tmp_path)),
+    )
+    method, stream = check(settings)
+    write_config(tmp_path / "run", settings.train, {
+        "method": {"name": "lora", "options": options_of(method)},
+        "stream": {"name": stream.name, "tasks": [{"name": "one", "train": 1, "test": 1}]},
+    })  # fmt: skip
+    check(settings)
+    setattr(getattr(settings, section), option, value)
+    with pytest.raises(ValueError, match=words):
+        check(settings)
+
+
+def test_streams_take_a_root_and_refuse_options_in_words(tmp_path):
+    few = {"num_train": 8, "num_test": 8, "tasks": ["finance"]}
+    assert streams.load("pocket-domain", root=tmp_path, **few).tasks[0].name == "finance"
+    with pytest.raises(TypeError, match=r"stream pocket-domain takes .*num_train.*, got num_trian"):
+        streams.load("pocket-domain", num_trian=8)
 
 
 def test_a_path_without_a_folder_is_no_name(tmp_path):

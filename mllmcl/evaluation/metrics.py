@@ -106,6 +106,10 @@ def bwt_without_last(cells: Cells) -> np.ndarray:
     return (cells.learned[-1] - _diagonal(cells))[:-1].mean(axis=0)
 
 
+def _change(now: float | None, then: float | None) -> float | None:
+    return None if now is None or then is None else now - then
+
+
 def forgetting_per_task(cells: Cells) -> np.ndarray:
     """max_{t<=k<T} a[k,t] - a[T,t] for each task t < T, `[T-1, ...]`.
 
@@ -336,6 +340,7 @@ def compute_metrics(
             name: {
                 "just_trained": part.score(task, task),
                 "last": part.score(part.num_learned - 1, task),
+                "bwt": _change(part.score(part.num_learned - 1, task), part.score(task, task)),
                 "forgetting": falls[task],
                 "zero_shot": part.score(None, task),
                 "num_test": None if part.num_test is None else part.num_test[task],

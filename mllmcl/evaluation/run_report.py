@@ -26,17 +26,16 @@ class Report:
     metrics: dict = field(default_factory=dict)
 
     def save(self, folder: str | Path) -> None:
-        """Write `matrix.json` and `metrics.json`, and `report.html` where the folder holds a run's `config.yaml`.
+        """Write `matrix.json`, `metrics.json` and `report.html`; what is not in the folder is left out of the page.
 
         Each file is replaced atomically; the page is drawn from the files of the folder.
         """
         folder = Path(folder)
         self.matrix.save(folder / "matrix.json")
         atomic_write_json(folder / "metrics.json", self.metrics)
-        if (folder / "config.yaml").exists():
-            from .report import write_report
+        from .report import write_report
 
-            write_report([folder], folder / "report.html")
+        write_report([folder], folder / "report.html")
 
     @classmethod
     def load(cls, folder: str | Path) -> Report:

@@ -8,10 +8,12 @@ language model. There is no contrastive text encoder unless the model itself hol
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from itertools import accumulate, chain
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -37,8 +39,19 @@ def _in_chunks(tower: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 @_in_chunks
 def image_features(mllm, samples: Sequence) -> Tensor:
-    """Mean over the tokens of the vision encoder's output, of unit length: `[n, d]` float32 on the model's device."""
-    return F.normalize(mllm.image_features(samples).float().mean(1), dim=-1)
+    """Mean over the tokens of the vision encoder's output, of unit length: `[n, d]` float32 on the model's device.
+
+    A sample without an image has zeros, which are like nothing.
+    """
+    has_image = torch.tensor([sample.image is not None for sample in samples])
+    seen = [sample for sample in samples if sample.image is not None]
+    if len(seen) == len(samples):
+        return F.normalize(mllm.image_features(seen).float().mean(1), dim=-1)
+    blank = dataclasses.replace(samples[0], id="blank", image=np.zeros((32, 32, 3), np.uint8))
+    mean_nd = mllm.image_features([blank, *seen]).float().mean(1)
+    found = mean_nd.new_zeros(len(samples), mean_nd.shape[1])
+    found[has_image.to(found.device)] = F.normalize(mean_nd[1:], dim=-1)
+    return found
 
 
 @_in_chunks

@@ -23,7 +23,7 @@ class OLora(ExpertPerTask):
         loss = CE + orthogonality sum_layers sum_{i < t} sum_jk |A_t A_i^T|_jk + size sum_layers (|A_t|_2 + |B_t|_2)
 
     Args:
-        orthogonality: weight of the overlap; 0.5 in the paper's code, 0.05 in MCITlib.
+        orthogonality: weight of the overlap; None is 0.5 as in the paper's code, 0.05 with legacy as in MCITlib.
         size: weight of the norms of the new LoRA; 0 to 0.3 in the paper's code.
         legacy: as MCITlib has it: only the new LoRA acts in training while all act at test, and the overlap moves the
             old A as well.
@@ -39,11 +39,13 @@ class OLora(ExpertPerTask):
     )
 
     alpha: float = 32.0
-    orthogonality: float = 0.5
+    orthogonality: float | None = None
     size: float = 0.0
     legacy: bool = False
 
     def __post_init__(self) -> None:
+        if self.orthogonality is None:
+            self.orthogonality = 0.05 if self.legacy else 0.5
         if self.orthogonality < 0 or self.size < 0:
             raise ValueError(f"orthogonality and size must not be negative, got {self.orthogonality} and {self.size}")
 

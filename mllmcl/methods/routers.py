@@ -281,7 +281,8 @@ class LetterRouter(Router):
             f"Experts: {pool} Which expert should answer the question below? Do not answer the question itself.\n"
             f"Question: {sample.question}\nReply with one letter."
         )
-        place = names.index(sample.task)
+        # a sample of no known task is asked like any other; its own letter is only learned from
+        place = names.index(sample.task) if sample.task in names else known
         return dataclasses.replace(
             sample, id=f"{sample.id}/route{known}", question=prompt, answer=LETTERS[place if place < known else 0]
         )

@@ -91,7 +91,7 @@ class SMoLora(MoeLora):
         "gates learn by a straight-through gradient, where theirs in the public code never get one (legacy); the "
         "instruction is the sample's question in mean input embeddings, not a sentence embedding looked up by task; "
         "the choice sees the prompt alone and holds while decoding; fusion scores see x without dropout; the projector "
-        "trains whole and has no experts"
+        "trains whole and has no experts; gates go on learning after the first task"
     )
     router_score: ClassVar[str | None] = None
 

@@ -59,6 +59,8 @@ class MLLM:
         self.prompt_router: Callable[[Sequence], Tensor] | None = None
         self.attached: dict[str, nn.Module] = {}
         self.steering: Steering | None = None
+        #: what it was made from, for records
+        self.origin: dict[str, object] = {}
         self.features = FeatureCache()
         self._vision_identity: str | None = None
         self._prompt_parts: tuple[str, str] | None = None
@@ -95,7 +97,9 @@ class MLLM:
 
         model = AutoModelForImageTextToText.from_pretrained(name_or_folder, dtype=dtype).eval().to(device)
         processor = families.find(model.config.model_type).processor(name_or_folder)
-        return cls(model, processor, processor.tokenizer)
+        mllm = cls(model, processor, processor.tokenizer)
+        mllm.origin = {"pretrained": os.fspath(name_or_folder)}
+        return mllm
 
     @classmethod
     def compose(
@@ -125,7 +129,11 @@ class MLLM:
 
         language_model, tokenizer = load_language(language, tokenizer, num_layers, dtype)
         model = ComposedModel(load_vision(vision, select_layer, image_size), language_model, projector)
-        return cls(model.to(device=device, dtype=dtype).eval(), tokenizer, tokenizer)
+        mllm = cls(model.to(device=device, dtype=dtype).eval(), tokenizer, tokenizer)
+        named = {"vision": vision, "language": language}
+        mllm.origin = {key: value if isinstance(value, str) else type(value).__name__ for key, value in named.items()}
+        mllm.origin.update(projector=projector, num_layers=num_layers, image_size=image_size, select_layer=select_layer)
+        return mllm
 
     # -- what it is
 
@@ -636,6 +644,8 @@ class MLLM:
             return experts
         else:
             raise ValueError(f'experts: expected "route", "current", "off", ids, floats or None, got {experts!r}')
+        if gates is not None and gates.dim() == 0:
+            raise ValueError(f"experts: expected one id for each of {len(samples)} samples, got {gates.item()}")
         per_sample = gates is not None and not (gates.is_floating_point() and gates.dim() == 1)
         if per_sample and gates.shape[0] != len(samples):
             raise ValueError(f"experts: expected one row for each of {len(samples)} samples, got {gates.shape[0]}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import os
 import pkgutil
 from pathlib import Path
@@ -34,7 +35,8 @@ def load(name_or_folder: str | os.PathLike, root: str | os.PathLike | None = Non
 
     Args:
         name_or_folder: see `available`; a folder that bears such a name is meant by "./name".
-        root: where a folder lies, if not in the current one.
+        root: where a folder lies, if not in the current one, or the files of a public benchmark; the streams that are
+            built in need none.
         options: of the stream, e.g. num_train, num_test, seed, tasks.
 
     Raises:
@@ -43,7 +45,12 @@ def load(name_or_folder: str | os.PathLike, root: str | os.PathLike | None = Non
     name = os.fspath(name_or_folder)
     modules = _modules()
     if name in modules:
-        return modules[name].load(**({} if root is None else {"root": root}), **options)
+        known = inspect.signature(modules[name].load).parameters
+        if root is not None and "root" in known:
+            options = {"root": root, **options}
+        if unknown := [option for option in options if option not in known]:
+            raise TypeError(f"stream {name} takes {', '.join(known)}, got {', '.join(unknown)}")
+        return modules[name].load(**options)
     folder = Path(name) if root is None else Path(root) / name
     if folder.is_dir():
         from .llava_folder import load_folder

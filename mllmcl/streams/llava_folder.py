@@ -14,8 +14,8 @@ An entry of either array has one of the two forms
     {"id" | "question_id", "image", "text", "answer"}
 
 with "image" relative to the image folder, which is the task's folder unless `stream.json` says otherwise; without
-"image" it is a question on text alone. An answer may be a list of accepted ones. Other fields go into the metadata, of
-which "scorer" names the scorer of that entry alone.
+"image" it is a question on text alone. An answer may be a list of accepted ones, of which the
+first is trained. Other fields go into the metadata, of which "scorer" names the scorer of that entry alone.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ def _sample(entry: object, where: str, task: str, part: str, images: Path, field
         question, answer = _turns(entry["conversations"], where)
         used = {key, "image", "conversations"}
     else:
-        question, answer = _field(entry, "text", where, str), _answer(entry, field, where)
+        question, answer = _field(entry, "text", where, str), _answer(entry, field, where, part)
         used = {key, "image", "text", field}
     return Sample(
         # the same number may name another question in another file
@@ -214,13 +214,13 @@ def _field(entry: dict, key: str, where: str, kind: type | tuple[type, ...]):
     return value
 
 
-def _answer(entry: dict, field: str, where: str) -> str:
+def _answer(entry: dict, field: str, where: str, part: str) -> str:
     value = _field(entry, field, where, (str, int, float, list))
     if isinstance(value, list):
         if not all(isinstance(one, str) for one in value):
             raise ValueError(f"{where}.{field} must be a list of str, got {value!r}")
-        # as the scorers with several accepted answers read them
-        return "|".join(value)
+        # as the scorers with several accepted answers read them; the first is what is learned
+        return "|".join(value if part == "test" else value[:1])
     return str(value)
 
 

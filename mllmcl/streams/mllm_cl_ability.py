@@ -8,9 +8,9 @@ from .public import load_public
 SUMMARY = "MLLM-CL Ability (ACL): OCR, math, visual perception, GUI; its files in root"
 SOURCE = "MLLM-CL on the Hugging Face hub or ModelScope"
 NOTE = (
-    "MLLM-CL, ability continual learning (arXiv:2506.05453). OCR and visual perception are scored as its scripts do. "
-    "Its scores of math need a language model as a judge and those of GUI a server; here both are exact match, which "
-    "does not compare with published numbers."
+    "MLLM-CL, ability continual learning (arXiv:2506.05453). OCR and visual perception are scored by rules close to "
+    "its scripts'. Its scores of math need a language model as a judge and those of GUI a server; here both are exact "
+    "match, which does not compare with published numbers."
 )
 
 TASKS = [

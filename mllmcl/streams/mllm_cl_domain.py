@@ -7,7 +7,9 @@ from .public import load_public
 
 SUMMARY = "MLLM-CL Domain (DCL): remote sensing, medical, driving, science, finance; its files in root"
 SOURCE = "MLLM-CL on the Hugging Face hub or ModelScope"
-NOTE = "MLLM-CL, domain continual learning (arXiv:2506.05453), scored as its scripts do, lenient as they are."
+NOTE = (
+    "MLLM-CL, domain continual learning (arXiv:2506.05453), scored by rules close to its scripts', lenient as they are."
+)
 
 TASKS = [
     {"name": name, "description": description, "train": f"{name}/train.json", "test": f"{name}/test.json",
@@ -21,7 +23,7 @@ TASKS = [
     )
 ]  # fmt: skip
 #: first parts of the names of science images whose answers have to be met exactly; the rest are maps
-EXACT = ("AI2D", "TQA", "VQA")
+EXACT = ("AI2D", "TQA", "VQA", "SciVerse")
 
 
 def scorer_of(sample: Sample) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -77,6 +78,8 @@ class TrainConfig:
     num_report_samples: int = 3
 
     def __post_init__(self) -> None:
+        if isinstance(self.output_dir, os.PathLike):
+            self.output_dir = os.fspath(self.output_dir)
         check_types(TrainConfig, vars(self))
         counts = ("per_device_train_batch_size", "gradient_accumulation_steps", "eval_batch_size", "max_new_tokens")
         check_at_least(self, 1, (*counts, "save_steps", "logging_steps", "max_steps"))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -93,6 +94,14 @@ def train(mllm: MLLM, method: Method, stream: Stream, config: TrainConfig) -> Re
         FloatingPointError: a loss or gradient norm that is no number, before the optimizer moves anything.
         CheckpointError: a folder of another run, or no checkpoint of it can be used.
     """
+    for argument, value, kind in (("method", method, Method), ("config", config, TrainConfig)):
+        if not isinstance(value, kind):
+            raise TypeError(f"train: {argument} must be a {kind.__name__}, got {type(value).__name__}")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RuntimeError(
+            f"train runs in one process, got WORLD_SIZE={os.environ['WORLD_SIZE']}: start it without torchrun"
+        )
+    stream.validate()
     check_scorers(stream.tasks)
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -159,6 +168,11 @@ def _restore_model(run: Run) -> None:
 
 
 def _checkpoint(run: Run, pin: bool = False) -> None:
+    numbers = [*run.losses] if run.optimizer is None else [*run.losses, run.optimizer.grad_norm]
+    for number in numbers:
+        if number is not None:
+            # elsewhere than on the CPU nobody has looked at them yet, and what they moved must not be kept
+            check_finite(number, "a loss or gradient norm", run.position.total, run.task.name, ())
     experts = run.mllm.experts
     rng_tensors, rng_values = capture_rng()
     names = {parameter: name for name, parameter in run.mllm.trained_parameters().items()}
@@ -290,6 +304,7 @@ def _make_optimizer(run: Run, trainable: dict[str, nn.Parameter], masks: dict) -
         eps=config.adam_epsilon,
         weight_decay=config.weight_decay,
         max_norm=config.max_grad_norm or None,
+        error_if_nonfinite=True,
     )
     for name, mask in masks.items():
         optimizer.set_mask(trainable[name], mask)

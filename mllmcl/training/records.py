@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import functools
+import hashlib
 import importlib.metadata
 import json
 import platform
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
 
 __all__ = ["describe", "empty_results", "finish", "note_evaluation", "note_mixing_share", "note_step", "now", "predict"]
 
+#: numbers of either end of a parameter that tell it from another
+EDGE = 16
 PACKAGES = ("torch", "transformers", "safetensors", "numpy", "triton", "peft")
 
 #: about 3000 tokens of English about a programming language, some of what `pydoc_data` holds
@@ -80,22 +83,55 @@ def empty_results() -> dict:
     }
 
 
-def _options(method: Method) -> dict:
+def options_of(method: Method) -> dict:
     return {item.name: getattr(method, item.name) for item in fields(method) if item.init}
+
+
+def _content(samples: Sequence) -> str:
+    """A digest of ids, questions, answers, pictures (by their path, if they are files) and own scorers, in order."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        own = sample.metadata.get("scorer")
+        digest.update(json.dumps([sample.id, sample.question, sample.answer, own]).encode())
+        is_array = hasattr(sample.image, "tobytes")
+        digest.update(sample.image.tobytes() if is_array else str(sample.image).encode())
+    return digest.hexdigest()[:16]
+
+
+@torch.no_grad()
+def _weights(model: torch.nn.Module) -> str:
+    """A digest of every parameter's name, shape, dtype and first and last numbers: tells models apart, reads little."""
+    digest = hashlib.sha256()
+    for name, value in model.named_parameters():
+        flat = value.detach().reshape(-1)
+        ends = torch.cat((flat[:EDGE], flat[-EDGE:])).double().cpu()
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode() + ends.numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def describe(mllm: MLLM, method: Method, stream: Stream, config: TrainConfig) -> dict:
     """What ran, in values that JSON and YAML hold; part of the digest that a continuation is checked against."""
     return {
-        "method": {"name": method.name, "options": _options(method)},
+        "method": {"name": method.name, "options": options_of(method)},
         "stream": {
             "name": stream.name,
-            "tasks": [{"name": task.name, "train": len(task.train), "test": len(task.test)} for task in stream.tasks],
+            "tasks": [
+                {
+                    "name": task.name,
+                    "train": len(task.train),
+                    "test": len(task.test),
+                    "scorer": task.scorer,
+                    "content": f"{_content(task.train)} {_content(task.test)}",
+                }
+                for task in stream.tasks
+            ],
         },
         "model": {
+            **mllm.origin,
             "class": type(mllm.model).__name__,
             "family": mllm.family.name,
             "parameters": sum(value.numel() for value in mllm.model.parameters()),
+            "weights": _weights(mllm.model),
             "dtype": str(mllm.dtype).removeprefix("torch."),
             "device": mllm.device.type,
         },

@@ -214,7 +214,7 @@ def test_the_schedule_rises_and_falls():
         ({"num_train_epochs": 0}, "num_train_epochs must be positive, got 0"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1, got 0"),
         ({"max_steps": 0}, "max_steps must be at least 1 or None, got 0"),
-        ({"learning_rate": -1.0}, r"learning_rate must be >= 0 or None, got -1\.0"),
+        ({"learning_rate": -1.0}, r"learning_rate must be at least 0 or None, got -1\.0"),
         ({"warmup_ratio": 1.0}, r"warmup_ratio must be in \[0, 1\), got 1\.0"),
     ],
 )

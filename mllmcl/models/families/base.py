@@ -45,11 +45,17 @@ def processor_inputs(mllm, samples: Sequence, prompt: Callable) -> tuple[dict, l
     loaded = [sample.load_image() for sample in samples]
     texts = [prompt(mllm, sample.question, image is not None) for sample, image in zip(samples, loaded, strict=True)]
     images = [image for image in loaded if image is not None]
+    listed = [[] if image is None else [image] for image in loaded] if mllm.family.lists_images else images
     # templates write the start token themselves
     start = mllm.tokenizer.bos_token
     options = {"add_special_tokens": False} if start and texts[0].startswith(start) else {}
     outputs = mllm.processor(
-        text=texts, images=images or None, padding=True, padding_side="right", return_tensors="pt", **options
+        text=texts,
+        images=listed if images else None,
+        padding=True,
+        padding_side="right",
+        return_tensors="pt",
+        **options,
     )
     return dict(outputs), images
 
@@ -113,6 +119,7 @@ class Family:
     encode: `(mllm, samples) -> Encoded`.
     positions: `(mllm, inputs, attention_mask) -> Tensor`, position ids from the padded inputs.
     vision_features: `(mllm, samples) -> [[P, d], ...]`, frozen features of samples that all have an image.
+    lists_images: whether the processor wants a list of images for each sample.
     """
 
     name: str
@@ -125,6 +132,7 @@ class Family:
     encode: Callable = encode
     positions: Callable = _text_positions
     vision_features: Callable = _captured_projector_input
+    lists_images: bool = False
 
 
 def three_axis_positions(mllm, inputs: dict[str, Tensor], attention_mask: Tensor) -> Tensor:
