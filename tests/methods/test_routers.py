@@ -146,14 +146,16 @@ def test_the_names_come_from_the_classes(monkeypatch):
     assert methods.create("mr_lora", router="coin").first == 0
 
 
-def test_anchors_of_one_tower_need_no_image(stream):
+def test_without_an_image_a_sample_is_like_nothing_seen(stream):
     mllm = make_composed()
     blind = [dataclasses.replace(sample, image=None) for sample in items(stream)]
     anchors = Anchors(mllm, ("text",))
     anchors.learn(0, blind)
     assert anchors.cosines(anchors.features(blind)).shape == (1, len(blind), 1)
-    with pytest.raises(ValueError, match="every sample needs an image"):
-        Anchors(mllm).learn(0, blind)
+    both = Anchors(mllm)
+    both.learn(0, items(stream))
+    alike = both.cosines(both.features([blind[0], items(stream)[1]]))
+    assert sorted(alike[:, 0, 0].abs().gt(0).tolist()) == [False, True] and (alike[:, 1, 0] > 0.1).all()
 
 
 @pytest.mark.parametrize("name", ["clip", "tfidf"])
