@@ -1,17 +1,23 @@
-"""Greedy decoding of a left-padded batch with a key-value cache."""
+"""Answers: samples in batches of like length, each by its experts, decoded greedily with a key-value cache."""
 
-# B samples, S prompt positions
+# B samples, S prompt positions, E experts
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .batch import Batch
+from .prompts import prompt_rows, prompting
 
-__all__ = ["greedy"]
+if TYPE_CHECKING:
+    from .mllm import MLLM
+
+__all__ = ["answers", "greedy"]
 
 #: tokens between two looks at whether every row has ended, where looking waits for the device
 CHECK_EVERY = 4
@@ -53,3 +59,77 @@ def greedy(
         mask = torch.cat((mask, mask.new_ones(len(batch), 1)), dim=1)
         output = forward(token[:, None], mask, position, {}, output.past_key_values)
         position = position + 1
+
+
+def answers(mllm: MLLM, samples: Sequence, experts, prompts, *, max_new_tokens: int, batch_size: int) -> list[str]:
+    """What `MLLM.generate` returns."""
+    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+    samples = list(samples)
+    for place, sample in enumerate(samples):
+        if not hasattr(sample, "question"):
+            raise TypeError(f"samples[{place}]: expected a Sample, got {type(sample).__name__}")
+    with mllm.evaluating():
+        gates = _gates(mllm, samples, experts)
+        soft = prompt_rows(prompts, len(samples))
+        found = [""] * len(samples)
+        order = sorted(range(len(samples)), key=lambda at: len(samples[at].question))
+        for start in range(0, len(order), batch_size):
+            at = order[start : start + batch_size]
+            ids = soft[at] if isinstance(soft, Tensor) else soft
+            texts = _decoded(mllm, [samples[i] for i in at], _rows(gates, at), ids, max_new_tokens)
+            for index, text in zip(at, texts, strict=True):
+                found[index] = text
+        return found
+
+
+def _gates(mllm: MLLM, samples: Sequence, experts):
+    """What `experts` of `MLLM.generate` says, with the router asked where it answers for all samples at once."""
+    if not isinstance(experts, str):
+        gates = experts if experts is None or isinstance(experts, Tensor) else torch.as_tensor(experts)
+    elif experts == "route":
+        if mllm.routes_batches:
+            return experts
+        gates = None if mllm.router is None else mllm.router(samples)
+    elif experts in ("current", "off"):
+        return experts
+    else:
+        raise ValueError(f'experts: expected "route", "current", "off", ids, floats or None, got {experts!r}')
+    if gates is not None and gates.dim() == 0:
+        raise ValueError(f"experts: expected one id for each of {len(samples)} samples, got {gates.item()}")
+    per_sample = gates is not None and not (gates.is_floating_point() and gates.dim() == 1)
+    if per_sample and gates.shape[0] != len(samples):
+        raise ValueError(f"experts: expected one row for each of {len(samples)} samples, got {gates.shape[0]}")
+    return gates
+
+
+def _rows(gates, at: list[int]):
+    """The rows of `gates` for the samples `at`; constant gates as they are."""
+    if not isinstance(gates, Tensor) or (gates.is_floating_point() and gates.dim() == 1):
+        return gates
+    return gates[at]
+
+
+def _decoded(mllm: MLLM, samples: Sequence, gates, prompts, max_new_tokens: int) -> list[str]:
+    batch = mllm.collate(samples, with_answers=False)
+    if isinstance(gates, str) and gates == "route":
+        gates = mllm.router(samples)
+    if isinstance(prompts, str):
+        prompts = None if mllm.prompt_router is None else mllm.prompt_router(samples)
+    current = isinstance(gates, str) and gates == "current"
+
+    def forward(input_ids, mask, positions, inputs, cache):
+        return mllm.run_trunk(input_ids, mask, positions, inputs, cache, use_cache=True)
+
+    with (
+        torch.inference_mode(),
+        contextlib.nullcontext() if current else mllm.use_experts(gates),
+        mllm.use_prompts(prompts),
+        prompting(mllm, batch) as (batch, _),
+        mllm.in_batch(batch, memory={}),
+    ):
+        tokens = greedy(
+            forward, mllm.head, batch, max_new_tokens=max_new_tokens, end_ids=mllm.end_ids, pad_id=mllm.pad_id
+        )
+    return [text.strip() for text in mllm.tokenizer.batch_decode(tokens.tolist(), skip_special_tokens=True)]

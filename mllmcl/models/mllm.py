@@ -22,10 +22,10 @@ from .expert_setup import experts_added, experts_grown, fill, masks_of, paramete
 from .experts import ExpertLinear, ExpertProjectorLinear, ExpertState, select, with_batch
 from .families.base import first_module
 from .features import FeatureCache, image_key
-from .generation import greedy
+from .generation import answers
 from .perplexity import perplexity
 from .prefixes import Prefixes
-from .prompts import SoftPrompts, prompt_rows, prompting
+from .prompts import SoftPrompts, prompting
 from .steering import Steering
 
 __all__ = ["MLLM"]
@@ -516,8 +516,8 @@ class MLLM:
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """Output of the language tower before its head, `[B, S, D]`."""
-        with prompting(self, batch) as (batch, original), self._in_batch(batch):
-            output = self._forward(batch.input_ids, batch.attention_mask, batch.position_ids, batch.inputs)
+        with prompting(self, batch) as (batch, original), self.in_batch(batch):
+            output = self.run_trunk(batch.input_ids, batch.attention_mask, batch.position_ids, batch.inputs)
             return original(output.last_hidden_state)
 
     def answer_hidden(self, batch: Batch) -> Tensor:
@@ -567,7 +567,7 @@ class MLLM:
         return perplexity(self, text, window, batch_size)
 
     @contextlib.contextmanager
-    def _in_batch(self, batch: Batch, memory: dict[str, Tensor] | None = None) -> Iterator[None]:
+    def in_batch(self, batch: Batch, memory: dict[str, Tensor] | None = None) -> Iterator[None]:
         """What forward passes over a batch have to know of it."""
         state = self.experts
         with contextlib.ExitStack() as stack:
@@ -580,7 +580,7 @@ class MLLM:
                 stack.enter_context(state.using(selection))
             yield
 
-    def _forward(self, input_ids, attention_mask, position_ids, inputs, past_key_values=None, use_cache=False):
+    def run_trunk(self, input_ids, attention_mask, position_ids, inputs, past_key_values=None, use_cache=False):
         return self.trunk(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -609,75 +609,7 @@ class MLLM:
         Returns:
             Stripped text without special tokens, in the order of `samples`.
         """
-        for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
-        samples = list(samples)
-        for place, sample in enumerate(samples):
-            if not hasattr(sample, "question"):
-                raise TypeError(f"samples[{place}]: expected a Sample, got {type(sample).__name__}")
-        was_training = self.model.training
-        self.eval()
-        try:
-            gates = self._resolve(samples, experts)
-            soft = prompt_rows(prompts, len(samples))
-            answers = [""] * len(samples)
-            order = sorted(range(len(samples)), key=lambda at: len(samples[at].question))
-            for start in range(0, len(order), batch_size):
-                at = order[start : start + batch_size]
-                ids = soft[at] if isinstance(soft, Tensor) else soft
-                texts = self._answer([samples[i] for i in at], _rows(gates, at, len(samples)), ids, max_new_tokens)
-                for index, text in zip(at, texts, strict=True):
-                    answers[index] = text
-            return answers
-        finally:
-            self.train(was_training)
-
-    def _resolve(self, samples: Sequence, experts):
-        if not isinstance(experts, str):
-            gates = experts if experts is None or isinstance(experts, Tensor) else torch.as_tensor(experts)
-        elif experts == "route":
-            if self.routes_batches:
-                return experts
-            gates = None if self.router is None else self.router(samples)
-        elif experts in ("current", "off"):
-            return experts
-        else:
-            raise ValueError(f'experts: expected "route", "current", "off", ids, floats or None, got {experts!r}')
-        if gates is not None and gates.dim() == 0:
-            raise ValueError(f"experts: expected one id for each of {len(samples)} samples, got {gates.item()}")
-        per_sample = gates is not None and not (gates.is_floating_point() and gates.dim() == 1)
-        if per_sample and gates.shape[0] != len(samples):
-            raise ValueError(f"experts: expected one row for each of {len(samples)} samples, got {gates.shape[0]}")
-        return gates
-
-    def _answer(self, samples: Sequence, gates, prompts, max_new_tokens: int) -> list[str]:
-        batch = self.collate(samples, with_answers=False)
-        if isinstance(gates, str) and gates == "route":
-            gates = self.router(samples)
-        if isinstance(prompts, str):
-            prompts = None if self.prompt_router is None else self.prompt_router(samples)
-        current = isinstance(gates, str) and gates == "current"
-
-        def forward(input_ids, mask, positions, inputs, cache):
-            return self._forward(input_ids, mask, positions, inputs, cache, use_cache=True)
-
-        with (
-            torch.inference_mode(),
-            contextlib.nullcontext() if current else self.use_experts(gates),
-            self.use_prompts(prompts),
-            prompting(self, batch) as (batch, _),
-            self._in_batch(batch, memory={}),
-        ):
-            tokens = greedy(
-                forward,
-                self.head,
-                batch,
-                max_new_tokens=max_new_tokens,
-                end_ids=self.end_ids,
-                pad_id=self.pad_id,
-            )
-        return [text.strip() for text in self.tokenizer.batch_decode(tokens.tolist(), skip_special_tokens=True)]
+        return answers(self, samples, experts, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
 
     @property
     def end_ids(self) -> Tensor:
@@ -695,10 +627,3 @@ def _entering_all(contexts: Sequence[contextlib.AbstractContextManager]) -> Iter
         for context in contexts:
             stack.enter_context(context)
         yield
-
-
-def _rows(gates, at: list[int], num_samples: int):
-    """The rows of `gates` for the samples `at`; constant gates as they are."""
-    if not isinstance(gates, Tensor) or (gates.is_floating_point() and gates.dim() == 1):
-        return gates
-    return gates[at]

@@ -263,7 +263,8 @@ def test_metrics_file_has_the_keys_others_read():
     assert set(metrics["bwt"]) == {"T", "T-1"}
     assert metrics["num_test"] == 60
     assert metrics["per_task"]["a"] == {
-        "just_trained": 0.8, "last": 0.5, "forgetting": pytest.approx(0.4), "zero_shot": 0.1, "num_test": 10,
+        "just_trained": 0.8, "last": 0.5, "bwt": pytest.approx(-0.3), "forgetting": pytest.approx(0.4),
+        "zero_shot": 0.1, "num_test": 10,
     }  # fmt: skip
     assert metrics["intervals"] is None
     json.dumps(metrics, allow_nan=False)

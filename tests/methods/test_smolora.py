@@ -136,8 +136,8 @@ def test_answers_and_pads_do_not_change_the_choice(stream):
     for with_answers in (True, False):
         batch = mllm.collate(samples, with_answers=with_answers)
         memory = {}
-        with torch.no_grad(), mllm._in_batch(batch, memory=memory):
-            mllm._forward(batch.input_ids, batch.attention_mask, batch.position_ids, batch.inputs)
+        with torch.no_grad(), mllm.in_batch(batch, memory=memory):
+            mllm.run_trunk(batch.input_ids, batch.attention_mask, batch.position_ids, batch.inputs)
         chosen.append(memory)
     assert chosen[0].keys() == set(mllm.expert_layers)
     for path, choice in chosen[0].items():

@@ -82,7 +82,10 @@ def bad_samples() -> list[BadSample]:
         BadSample("mode", call(mode="fast"), ValueError, r"mode must be \"dema\" or \"pema\", got 'fast'"),
         BadSample("decay", call(decay=1.5), ValueError, r"decay must be in \[0, 1\], got 1\.5"),
         BadSample(
-            "decay by row", call(decay=0.5, granularity="row"), ValueError, r"granularity must be None with decay"
+            "decay by row",
+            call(decay=0.5, granularity="row"),
+            ValueError,
+            r"granularity must be None or \"tensor\" with decay, got 'row'",
         ),
         BadSample("no grads", call(mode="dema"), ValueError, r"grads must be given with mode='dema', got NoneType"),
         BadSample("idle grads", call(decay=0.9, grads=one), ValueError, r"grads must be None with mode=None, got list"),

@@ -60,9 +60,8 @@ def bad_samples() -> list[BadSample]:
         BadSample("power", call(power=3, count=1), ValueError, r"power must be 1 or 2, got 3"),
         BadSample("reduce", call(reduce="sum", count=1), ValueError, r"reduce must be \"mean\" or \"max\", got 'sum'"),
         BadSample(
-            "no count", call(), ValueError, r"count must be given with reduce=\"mean\", and only there, got None"
+            "idle count", call(reduce="max", count=1), ValueError, r"count must be None with reduce=\"max\", got 1"
         ),
-        BadSample("idle count", call(reduce="max", count=1), ValueError, r"count must be given with reduce=\"mean\""),
         BadSample("count zero", call(count=0), ValueError, r"count must be at least 1, got 0"),
         BadSample("idle owners", call(count=1, owners=owners), ValueError, r"owners must be None with reduce=\"mean\""),
         BadSample("no task", call(reduce="max", owners=owners), ValueError, r"task must be given with owners"),
