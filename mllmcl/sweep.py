@@ -11,12 +11,13 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import yaml
 
 from .files import atomic_write, atomic_write_json
+from .training.config import TrainConfig
 
 __all__ = ["Cell", "SweepConfig", "cells", "run_sweep"]
 
@@ -68,7 +69,21 @@ class Cell:
 
     @property
     def digest(self) -> str:
-        return hashlib.sha256(json.dumps(self.request, sort_keys=True).encode()).hexdigest()
+        return digest(self.request)
+
+
+def digest(request: dict) -> str:
+    """Of all that decides a run's numbers: what is left to its default counts like what is said."""
+    from . import methods
+
+    method = methods.create(request["method"]["name"], **request["method"]["options"])
+    train = TrainConfig(**request["train"]).deciding()
+    if train["learning_rate"] is None:
+        train["learning_rate"] = method.learning_rate
+    options = {item.name: getattr(method, item.name) for item in fields(method) if item.init}
+    model = {name: value for name, value in request.get("model", {}).items() if name != "feature_cache"}
+    whole = [method.name, options, request["stream"], model, train]
+    return hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def cells(sweep: SweepConfig, shared: dict) -> Iterator[Cell]:
@@ -89,7 +104,13 @@ def cells(sweep: SweepConfig, shared: dict) -> Iterator[Cell]:
 
 
 def _is_done(cell: Cell, path: Path) -> bool:
-    return path.is_file() and json.loads(path.read_text()).get("digest") == cell.digest
+    if not path.is_file():
+        return False
+    try:
+        return digest(json.loads(path.read_text())["request"]) == cell.digest
+    except (KeyError, TypeError, ValueError):
+        # made with options that are no more
+        return False
 
 
 def _run(cell: Cell, result: Path, jobs: int) -> str | None:
@@ -113,7 +134,6 @@ def _run(cell: Cell, result: Path, jobs: int) -> str | None:
         return (child.stderr.strip().splitlines() or [f"exit code {child.returncode}"])[-1]
     values = {
         "name": cell.name,
-        "digest": cell.digest,
         "request": cell.request,
         "processor": _processor(),
         "matrix": json.loads((folder / "matrix.json").read_text()),

@@ -95,11 +95,15 @@ def test_a_run_that_fails_does_not_stop_the_others(config, tmp_path):
 
 
 def test_another_option_is_another_run_and_a_wrong_one_is_refused_before_any():
-    def digest(**options):
-        sweep = SweepConfig(runs="runs", results="results", methods={"lora": options})
-        return next(cells(sweep, {})).digest
+    def digest(shared=None, runs="runs", **options):
+        sweep = SweepConfig(runs=runs, results="results", methods={"lora": options})
+        return next(cells(sweep, shared or {})).digest
 
     assert digest(rank=2) == digest(rank=2) != digest(rank=3)
+    # a default is the same whether said or not; where a run lies decides nothing
+    assert digest() == digest({"train": {"learning_rate": 1e-3}}, runs="elsewhere", rank=8)
+    assert digest() != digest({"train": {"learning_rate": 2e-3}})
+    assert digest() != digest({"model": {"num_layers": 2}})
     with pytest.raises(TypeError, match=r"method lora takes .*, got rnak"):
         SweepConfig(runs="runs", results="results", methods={"lora": {"rnak": 3}})
     with pytest.raises(ValueError, match=r"sweep.jobs must be a whole number of at least 1, got 0"):

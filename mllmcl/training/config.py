@@ -93,7 +93,10 @@ class TrainConfig:
         if not 0 <= self.warmup_ratio < 1:
             raise ValueError(f"warmup_ratio must be in [0, 1), got {self.warmup_ratio}")
 
+    def deciding(self) -> dict[str, object]:
+        """The options that decide the numbers."""
+        return {name: value for name, value in asdict(self).items() if name not in FREE}
+
     def sha256(self, *more: object) -> str:
         """Digest of everything that decides the numbers, together with `more` (method, stream, model)."""
-        values = {name: value for name, value in asdict(self).items() if name not in FREE}
-        return hashlib.sha256(json.dumps([values, *more], sort_keys=True, default=str).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([self.deciding(), *more], sort_keys=True, default=str).encode()).hexdigest()
