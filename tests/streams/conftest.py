@@ -11,8 +11,8 @@ from mllmcl import assets, streams
 def home(tmp_path_factory):
     """A cache with the assets of the user's one and no streams."""
     folder = tmp_path_factory.mktemp("home")
-    (folder / "assets").symlink_to(assets.cache_dir("assets"))
-    (folder / "wheels").symlink_to(assets.cache_dir("wheels"))
+    for part in ("assets", "wheels", "tarballs"):
+        (folder / part).symlink_to(assets.cache_dir(part))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLLMCL_HOME", str(folder))
         yield folder
