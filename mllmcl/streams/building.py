@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import inspect
 import itertools
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
@@ -21,7 +23,7 @@ from ..files import atomic_write
 from ..seeds import derive_seed
 from .base import Sample, Stream, Task, check_seed, chosen_tasks
 
-__all__ = ["Item", "Recipe", "build_stream", "pick_balanced"]
+__all__ = ["Item", "Recipe", "build_stream", "note", "pick_balanced"]
 
 log = logging.getLogger(__name__)
 
@@ -40,11 +42,24 @@ class Item:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a task is made: `make(part, count, size, random)` yields `count` items of the part "train" or "test"."""
+    """How a task is made: `make(part, count, size, random)` yields `count` items of the part "train" or "test".
+
+    libraries: packages beside Pillow that draw it, and the extra of mllmcl that installs each.
+    """
 
     name: str
     description: str
     make: Callable[[str, int, int, np.random.Generator], Iterator[Item]]
+    libraries: Mapping[str, str] = field(default_factory=dict)
+
+
+def note(sources: Mapping[str, str]) -> str:
+    """What a built-in stream is and is not, with the sources of its tasks."""
+    intro = (
+        "Small tasks made from real data in packages; not the MLLM-CL benchmark, and no score here compares with "
+        "published ones."
+    )
+    return " ".join([intro, *sources.values()])
 
 
 def pick_balanced(
@@ -99,8 +114,9 @@ def build_stream(
     finished = []
     for task in chosen:
         recipe = by_name[task]
+        drawn_by = [code, *_library_versions(name, recipe)]
         parts = {
-            part: _part(name, recipe, part, count, seed, image_size, code)
+            part: _part(name, recipe, part, count, seed, image_size, drawn_by)
             for part, count in (("train", num_train), ("test", num_test))
         }
         finished.append(Task(name=task, description=recipe.description, **parts))
@@ -108,19 +124,45 @@ def build_stream(
 
 
 def _code_digest(module: ModuleType) -> str:
-    """Of all that decides the pictures: this file, seeds, drawing, the stream's own file, data and libraries."""
+    """Of all that decides the pictures: this file, seeds, the stream's own file and those it uses, data, libraries."""
     from .. import seeds
-    from . import drawing
 
-    sources = [inspect.getsource(part) for part in (inspect.getmodule(_code_digest), seeds, drawing, module)]
+    parts = [seeds, *_used_files(module, {inspect.getmodule(_code_digest)})]
+    sources = [inspect.getsource(part) for part in parts]
     facts = {key: value.sha256 for key, value in ASSETS.items()}
     # one Pillow may stand on different libraries that draw glyphs and decode photographs
     versions = [np.__version__, PIL.__version__, *(PIL.features.version(part) for part in ("freetype2", "jpg"))]
     return hashlib.sha256(json.dumps([sources, facts, versions]).encode()).hexdigest()
 
 
-def _part(stream: str, recipe: Recipe, part: str, count: int, seed: int, size: int, code: str) -> list[Sample]:
-    key = hashlib.sha256(json.dumps([stream, recipe.name, part, count, seed, size, code]).encode()).hexdigest()[:24]
+def _used_files(module: ModuleType, known: set[ModuleType]) -> list[ModuleType]:
+    """The modules `known`, this one, and those of this folder that it takes anything from, and so on, by name."""
+    if module not in known:
+        known.add(module)
+        for value in vars(module).values():
+            name = value.__name__ if inspect.ismodule(value) else getattr(value, "__module__", None) or ""
+            if name.startswith(f"{__package__}."):
+                _used_files(sys.modules[name], known)
+    return sorted(known, key=lambda part: part.__name__)
+
+
+def _library_versions(stream: str, recipe: Recipe) -> list[str]:
+    found = []
+    for library, extra in recipe.libraries.items():
+        try:
+            found.append(f"{library} {importlib.metadata.version(library)}")
+        except importlib.metadata.PackageNotFoundError as error:
+            raise ImportError(
+                f"{stream}, task {recipe.name} is drawn by the package {library}: pip install 'mllmcl[{extra}]'"
+            ) from error
+    return found
+
+
+def _part(
+    stream: str, recipe: Recipe, part: str, count: int, seed: int, size: int, drawn_by: list[str]
+) -> list[Sample]:
+    facts = json.dumps([stream, recipe.name, part, count, seed, size, drawn_by])
+    key = hashlib.sha256(facts.encode()).hexdigest()[:24]
     path = cache_dir("streams", stream) / f"{recipe.name}-{part}-{key}.safetensors"
     found = _read(path)
     if found is None:

