@@ -364,7 +364,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("mllmcl: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
         return INTERRUPTED
-    except (ValueError, TypeError, RuntimeError, OSError, FloatingPointError) as error:
+    except (ValueError, TypeError, RuntimeError, OSError, ImportError, FloatingPointError) as error:
         if os.environ.get("MLLMCL_DEBUG", "0") not in ("", "0"):
             raise
         print(f"mllmcl {arguments[0]}: {error}", file=sys.stderr)

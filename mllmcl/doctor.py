@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import shutil
 
 __all__ = ["check_model_batching", "diagnose"]
 
@@ -14,6 +15,7 @@ PACKAGES = (
     "safetensors",
     "peft",
     "gguf",
+    "resvg-py",
     "matplotlib",
     "jsonargparse",
 )
@@ -35,6 +37,7 @@ def diagnose() -> str:
 
     lines = [f"mllmcl {__version__}, {platform.platform()}, {os.cpu_count()} CPU cores"]
     lines += [f"  {name:<14}{_version(name)}" for name in PACKAGES]
+    lines.append(f"  {'npm':<14}{shutil.which('npm') or 'not installed'}")
     lines += ["", report(), ""]
     lines.append(f"cache: {cache_dir()}")
     return "\n".join(lines)

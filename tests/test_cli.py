@@ -91,6 +91,15 @@ def test_methods_streams_and_doctor_tell_what_is_there():
     assert all(name in listed for name in available())
     doctor = mllmcl("doctor").stdout
     assert "reference" in doctor and "torch" in doctor and "cache:" in doctor
+    assert "resvg-py" in doctor and "npm" in doctor
+
+
+def test_a_package_that_is_missing_is_told_in_a_line():
+    missing = "def missing(arguments): raise ImportError('it needs the package toys')"
+    used = "cli.COMMANDS['streams'] = (missing,)\nraise SystemExit(cli.main(['streams']))"
+    code = f"from mllmcl import cli\n{missing}\n{used}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr == "mllmcl streams: it needs the package toys\n"
 
 
 def test_a_report_of_nothing_and_an_export_of_nothing_fail_by_name(tmp_path):
