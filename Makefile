@@ -20,7 +20,7 @@ $(VENV)/.ready: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -U "pip>=24" "setuptools>=77" wheel
 	$(BIN)/python -m pip install -q -c constraints.txt torch numpy ninja pybind11
-	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[triton,pocket,test,bench]"
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[triton,pocket,signs,test,bench]"
 	touch $@
 
 demo: env

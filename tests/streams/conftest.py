@@ -26,3 +26,13 @@ def domain(home):
 @pytest.fixture(scope="session")
 def ability(home):
     return streams.load("pocket-ability")
+
+
+@pytest.fixture(scope="session")
+def domain_signs(home):
+    return streams.load("pocket-domain-signs")
+
+
+@pytest.fixture(scope="session")
+def ability_hard(home):
+    return streams.load("pocket-ability-hard")

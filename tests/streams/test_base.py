@@ -98,7 +98,8 @@ def test_every_stream_file_is_listed():
     folder = Path(streams.__file__).parent
     files = {path.stem for path in folder.glob("*.py") if "SUMMARY = " in path.read_text()}
     assert {name.replace("-", "_") for name in streams.available()} == files
-    assert {"pocket-domain", "pocket-ability"} <= streams.available().keys()
+    pocket = {"pocket-domain", "pocket-ability", "pocket-domain-signs", "pocket-ability-hard"}
+    assert pocket <= streams.available().keys()
     assert all("\n" not in line and len(line) < 120 for line in streams.available().values())
 
 
@@ -111,7 +112,7 @@ def test_unknown_streams_are_refused(tmp_path):
         streams.load("pocket-ability", num_tests=3)
 
 
-@pytest.mark.parametrize("name", ["pocket-domain", "pocket-ability"])
+@pytest.mark.parametrize("name", [name for name in streams.available() if name.startswith("pocket-")])
 @pytest.mark.parametrize(
     "options, message",
     [

@@ -46,14 +46,14 @@ def test_digits_are_read_right_and_shown(ability, written):
         image = sample.image[:, :, 0].astype(float)
         ink = np.abs(image - np.median(image[[0, 0, -1, -1], [0, -1, 0, -1]]))
         # what both show once their empty margins are cut off
-        likeness.append(np.corrcoef(*(_cut(each).ravel() for each in (ink, digit)))[0, 1])
+        likeness.append(np.corrcoef(*(cut(each).ravel() for each in (ink, digit)))[0, 1])
         another = np.array(written[place - 1][:64]).reshape(8, 8)
-        of_another.append(np.corrcoef(*(_cut(each).ravel() for each in (ink, another)))[0, 1])
+        of_another.append(np.corrcoef(*(cut(each).ravel() for each in (ink, another)))[0, 1])
     assert np.median(likeness) > 0.88 and np.median(of_another) < 0.6
     assert np.mean(np.greater(likeness, of_another)) > 0.95
 
 
-def _cut(ink) -> np.ndarray:
+def cut(ink) -> np.ndarray:
     rows, columns = np.nonzero(ink > 0.3 * ink.max())
     box = ink[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
     return np.asarray(Image.fromarray(box.astype(np.float32)).resize((8, 8), Image.BOX))
