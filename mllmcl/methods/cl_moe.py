@@ -48,7 +48,8 @@ class ClMoe(MoeLora):
     at_test: ClassVar[str] = "nothing (routed for each token, and by the nearest task prototype)"
     deviations: ClassVar[str] = (
         "roles and counts are those of a layer; the prototype is in features of the model at hand; routers and "
-        "projector are taken over as tuned; one dropout mask for all experts; legacy: no second router and no momentum"
+        "projector are taken over as tuned; one dropout mask for all experts, A drawn as for a plain LoRA; legacy: no "
+        "second router and no momentum"
     )
 
     rank: int = 8

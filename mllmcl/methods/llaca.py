@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mllmcl_kernels import ema_update_
 
+from .averages import hold_average_
 from .base import gradients_of, named_under, under
 from .instructions import Vocabulary, holding
 from .isolated import ExpertPerTask
@@ -28,17 +29,19 @@ class Llaca(ExpertPerTask):
     A set's instructions are those of all its tasks. The task trains the set with the largest sim if that is at least
     `reuse_above`. If the set knows tasks already, an average follows it: after each step, for each tensor,
 
-        average += w (parameter - average)
-        w = 2 (1 + |g|_1) / (|parameter - average|_1 |g - g_before|_1) where that is in (0, 1), else base_weight
+        average <- beta average + (1 - beta) parameter
+        beta = (1 + |g|_1) / (|parameter - average|_1 |g - g_before|_1) where that is in (0, 1), else 1 - base_weight
 
-    with g the gradients of this step and of the one before. The first step of a task has none before: its w is
-    base_weight. At the end of the task the average becomes the set. At test a sample has the set whose instructions
+    with g the gradients of this step and of the one before. The first step of a task has none before: its beta is
+    1 - base_weight. At the end of the task the average becomes the set. At test a sample has the set whose instructions
     have the largest mean cosine with its question.
 
     Args:
         reuse_above: the public code has 0.90 where a task has one instruction, 0.30 where it has several wordings: the
             more wordings, the smaller the mean over pairs of even a task with itself. 0 keeps a single set.
-        base_weight: of a step whose w is out of range. The public code's 0.01 belongs to tasks of thousands of steps.
+        base_weight: of the parameter in a step whose beta is out of range. The public code's 0.01 belongs to tasks of
+            thousands of steps.
+        legacy: twice that quotient is the weight of the parameter instead, as in the public code, 0.01 out of range.
     """
 
     name: ClassVar[str] = "llaca"
@@ -51,11 +54,12 @@ class Llaca(ExpertPerTask):
     at_test: ClassVar[str] = "nothing: a set by the words of the question, sample by sample"
     deviations: ClassVar[str] = (
         "words of one letter count; one idf over all sets and the task; base_weight is 0.1, for short tasks, and the "
-        "weight of a task's first step"
+        "weight of a task's first step; legacy: the average has the weight of the parameter and the other way round"
     )
 
     reuse_above: float = 0.3
     base_weight: float = 0.1
+    legacy: bool = False
 
     #: the set of each task that has started, and the task's unique questions
     owners: list[int] = field(default_factory=list, init=False, repr=False)
@@ -68,8 +72,8 @@ class Llaca(ExpertPerTask):
         super().__post_init__()
         if not 0 <= self.reuse_above <= 1:
             raise ValueError(f"reuse_above must be in [0, 1], got {self.reuse_above}")
-        if not 0 < self.base_weight <= 1:
-            raise ValueError(f"base_weight must be in (0, 1], got {self.base_weight}")
+        if not 0 < self.base_weight < 1:
+            raise ValueError(f"base_weight must be in (0, 1), got {self.base_weight}")
         self.masks = {}
         #: vocabulary and mean vectors `[S, W]` of the sets; None until they are asked for
         self.codebooks = None
@@ -131,15 +135,12 @@ class Llaca(ExpertPerTask):
             # a gradient that does not change puts w out of range
             self.previous = {name: grad.clone() for name, grad in zip(trained, grads, strict=True)}
         averages, previous = ([store[name] for name in trained] for store in (self.averages, self.previous))
-        ema_update_(
-            averages,
-            list(trained.values()),
-            mode="dema",
-            grads=grads,
-            previous_grads=previous,
-            base_weight=self.base_weight,
-            masks=[self.masks.get(name) for name in trained],
-        )
+        rule = {"mode": "dema", "grads": grads, "previous_grads": previous}
+        rule["masks"] = [self.masks.get(name) for name in trained]
+        if self.legacy:
+            ema_update_(averages, list(trained.values()), base_weight=0.01, factor=2.0, **rule)
+        else:
+            hold_average_(averages, list(trained.values()), base_weight=self.base_weight, factor=1.0, **rule)
         torch._foreach_copy_(previous, grads)
 
     @torch.no_grad()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mllmcl_kernels import ema_update_, importance_update_
 
+from .averages import hold_average_
 from .base import LoraMethod, named_under, under
 
 #: what trains for each kind of task: general text, general image, expert text, expert image
@@ -27,30 +28,35 @@ class Mage(LoraMethod):
 
         y = x W^T + s sum_e B_e A_e drop(x)
 
-    After each step a moving average follows every parameter that trains, with a weight of its own,
+    The first task is trained plainly. From the second one on, after each step, a moving average follows every parameter
+    that trains, with a weight of its own,
 
-        average += w * (parameter - average)
-        w = clip(base_weight * mean|d| * mean F / (|d| * F), base_weight / 10, 1),    d = parameter - average
+        average <- beta average + (1 - beta) parameter
+        beta = clip((1 - base_weight) mean|d| mean F / (|d| F), (1 - base_weight) / 10, 1),    d = parameter - average
 
-    where F is a running mean of the squared gradient and the means are over the tensor: large moves along directions of
-    high curvature are taken over slowly, the rest quickly. At the end of a task the average becomes the parameter.
+    where F is a running mean of the squared gradient and the means are over the tensor: what has moved far along
+    directions of high curvature is taken over, the rest is held. At the end of the task the average becomes the
+    parameter.
 
     Args:
-        base_weight: weight of an entry with average displacement and curvature. The public code's fixed 0.01 belongs to
-            tasks of thousands of steps.
+        base_weight: 1 - beta of an entry with average displacement and curvature.
         fisher_decay: of the running mean of the squared gradient.
         modality: kind of every task of the stream. modalities: kind of single tasks, by name.
-        legacy: the weight 0.01 for every entry, which is what the public code falls back to.
+        legacy: beta is 0.99 for every entry, which is what the public code falls back to, and the projector stays as
+            the first task left it, since its average never moves there.
     """
 
     name: ClassVar[str] = "mage"
     summary: ClassVar[str] = "general and expert LoRA added up, trained by modality, with a parameter-wise average"
     source: ClassVar[str] = "MAGE, Continual-NExT (arXiv:2602.18055)"
-    stores: ClassVar[str] = "four experts and the projector; during a task their averages and squared gradients"
+    stores: ClassVar[str] = (
+        "four experts and the projector; during a task but the first their averages and squared gradients"
+    )
     at_test: ClassVar[str] = "nothing (all experts, equal weight)"
     deviations: ClassVar[str] = (
-        "the averaging weight is dimensionless and clipped; the public one inverts a matrix for each tensor and is "
-        "unstable; legacy: the fixed 0.01 it falls back to"
+        "the averaging weight is dimensionless and clipped: the paper's (g + 1) / (d F) is far above 1 at the size of "
+        "real gradients, and the public code inverts a matrix for each tensor and is unstable; F is a running mean; "
+        "the projector is averaged along; legacy: the fixed 0.99 it falls back to, taken after the step"
     )
     num_experts: ClassVar[int] = 4
 
@@ -66,19 +72,22 @@ class Mage(LoraMethod):
         for kind in (self.modality, *self.modalities.values()):
             if kind not in TRAINS:
                 raise ValueError(f"modality must be one of {', '.join(TRAINS)}, got {kind!r}")
-        if not 0 < self.base_weight <= 1:
-            raise ValueError(f"base_weight must be in (0, 1], got {self.base_weight}")
+        if not 0 < self.base_weight < 1:
+            raise ValueError(f"base_weight must be in (0, 1), got {self.base_weight}")
         self.averages: dict[str, Tensor] = {}
         self.fisher: dict[str, Tensor] = {}
 
     def on_task_start(self, task) -> None:
-        kind = self.modalities.get(task.name, self.modality)
-        self.mllm.set_trainable(list(TRAINS[kind]), projector=self.train_projector)
-        self.averages = {name: value.detach().clone() for name, value in self.mllm.trained_parameters().items()}
+        kind, place = self.modalities.get(task.name, self.modality), self.index_of(task)
+        self.mllm.set_trainable(list(TRAINS[kind]), projector=self.train_projector and not (self.legacy and place))
+        trained = self.mllm.trained_parameters() if place else {}
+        self.averages = {name: value.detach().clone() for name, value in trained.items()}
         self.fisher = {name: torch.zeros_like(value) for name, value in self.averages.items()}
 
     @torch.no_grad()
     def before_step(self, optimizer) -> None:
+        if not self.averages or self.legacy:
+            return
         trained = self.mllm.trained_parameters()
         grads = [value.grad for value in trained.values()]
         # a constant count c is a running mean with weight 1 / c
@@ -86,16 +95,20 @@ class Mage(LoraMethod):
 
     @torch.no_grad()
     def after_step(self, optimizer) -> None:
+        if not self.averages:
+            return
         trained = self.mllm.trained_parameters()
         averages, values = _of(self.averages, trained), list(trained.values())
         if self.legacy:
             ema_update_(averages, values, decay=0.99)
         else:
             squares = _of(self.fisher, trained)
-            ema_update_(averages, values, mode="pema", squared_grads=squares, base_weight=self.base_weight)
+            hold_average_(averages, values, mode="pema", squared_grads=squares, base_weight=self.base_weight)
 
     @torch.no_grad()
     def on_task_end(self, task) -> None:
+        if not self.averages:
+            return
         trained = self.mllm.trained_parameters()
         torch._foreach_copy_(list(trained.values()), _of(self.averages, trained))
 

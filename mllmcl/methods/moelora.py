@@ -23,7 +23,9 @@ class MoeLora(LoraMethod):
     source: ClassVar[str] = "CoIN (arXiv:2403.08350)"
     stores: ClassVar[str] = "one set of experts, routers and the projector, nothing per task"
     at_test: ClassVar[str] = "nothing (routed for each token in every layer)"
-    deviations: ClassVar[str] = "one dropout mask for all experts, where the public code draws one for each"
+    deviations: ClassVar[str] = (
+        "one dropout mask for all experts, where the public code draws one for each; A is drawn as for a plain LoRA"
+    )
     router_score: ClassVar[str | None] = "softmax"
 
     experts: int = 4

@@ -35,7 +35,8 @@ class OLora(ExpertPerTask):
     stores: ClassVar[str] = "a LoRA for each task, one projector"
     at_test: ClassVar[str] = "nothing (all LoRAs, equal weight)"
     deviations: ClassVar[str] = (
-        "none of the paper; legacy: old LoRAs are absent from the training forward and their A is not frozen"
+        "in every linear, where the paper's scripts have query and value alone (`targets`); legacy: old LoRAs are "
+        "absent from the training forward and their A is not frozen"
     )
 
     alpha: float = 32.0

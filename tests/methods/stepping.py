@@ -19,6 +19,8 @@ EVERY = [(name, {}) for name in methods.available()] + [
     ("msgm", {"share": 0.25}),
     ("llaca", {"reuse_above": 0.0}),
 ]
+#: every method that can do as public code does, so that it does
+LEGACY = [(name, {"legacy": True}) for name, found in methods.available().items() if hasattr(found, "legacy")]
 
 
 def prepared(name: str, options: dict, stream, task: int):

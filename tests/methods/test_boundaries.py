@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 from pathlib import Path
 
 import pytest
@@ -14,59 +13,13 @@ from mllmcl.methods.routers import cluster
 
 from ..models.tiny import make_composed
 from ..training.made_up_run import make_stream
-from .stepping import EVERY, our_step, trainable
+from .boundaries import items, learned, restore, routed_logits, stored
+from .stepping import EVERY, LEGACY, our_step, trainable
 
 
 @pytest.fixture(scope="module")
 def stream():
     return make_stream()
-
-
-def learned(name: str, stream, tasks: int = 3, **options):
-    """A method that has ended some tasks; everything that trained in them was moved."""
-    torch.manual_seed(0)
-    mllm = make_composed()
-    method = methods.create(name, **options)
-    method.setup(mllm, stream)
-    generator = torch.Generator().manual_seed(3)
-    for task in stream.tasks[:tasks]:
-        method.on_task_start(task)
-        for phase in method.phases(task):
-            method.on_phase_start(task, phase)
-            with torch.no_grad():
-                for value in trainable(mllm).values():
-                    value.add_(torch.randn(value.shape, generator=generator) * 0.1)
-        method.on_task_end(task)
-    return mllm.eval(), method
-
-
-def stored(mllm, method) -> dict:
-    """What a checkpoint of the training loop holds of model and method, copied."""
-    model = {**mllm.trainable_state(), **{name: value.detach() for name, value in trainable(mllm).items()}}
-    groups = {"model": model, "method": method.state_tensors()}
-    tensors = {group: {name: value.clone() for name, value in named.items()} for group, named in groups.items()}
-    return {**tensors, "values": json.loads(json.dumps(method.state_values()))}
-
-
-def restore(mllm, method, held: dict) -> None:
-    parameters = dict(mllm.model.named_parameters())
-    with torch.no_grad():
-        for name, value in held["model"].items():
-            parameters[name].copy_(value)
-    method.load_state(held["method"], held["values"])
-
-
-def items(stream, count=4):
-    return [sample for task in stream.tasks for sample in task.test[:count]]
-
-
-@torch.no_grad()
-def routed_logits(mllm, samples) -> torch.Tensor:
-    """Logits of the answers, with the experts and soft prompts that the routers choose."""
-    gates = None if mllm.router is None else mllm.router(samples)
-    prompts = None if mllm.prompt_router is None else mllm.prompt_router(samples)
-    with mllm.use_experts(gates), mllm.use_prompts(prompts):
-        return mllm.answer_logits(mllm.collate(samples, with_answers=True))
 
 
 @pytest.mark.parametrize(("name", "options"), EVERY, ids=str)
@@ -157,7 +110,7 @@ def test_what_is_stored_brings_a_fresh_model_to_the_same_logits(name, options, s
     assert torch.equal(routed_logits(mllm, samples), routed_logits(other, samples))
 
 
-@pytest.mark.parametrize(("name", "options"), EVERY, ids=str)
+@pytest.mark.parametrize(("name", "options"), EVERY + LEGACY, ids=str)
 def test_steps_leave_what_is_frozen_bit_for_bit(name, options, stream):
     """Two steps of every phase of two tasks: what a mask or requires_grad freezes stays, the rest moves."""
     torch.manual_seed(0)

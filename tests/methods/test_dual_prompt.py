@@ -12,9 +12,9 @@ from mllmcl.methods.keys import query
 
 from ..models.tiny import make_composed
 from ..training.made_up_run import make_stream
+from .boundaries import items
 from .soft import answer_labels, cosine, plain_adamw
 from .stepping import our_step, prepared
-from .test_boundaries import items
 
 
 @pytest.fixture(scope="module")

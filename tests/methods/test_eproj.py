@@ -12,10 +12,10 @@ from mllmcl.methods.keys import query
 
 from ..models.tiny import make_composed
 from ..training.made_up_run import make_run, make_stream
+from .boundaries import items
 from .plain import equal, make_plain
 from .soft import cosine, plain_adamw
 from .stepping import our_step, prepared
-from .test_boundaries import items
 
 
 @pytest.fixture(scope="module")

@@ -81,12 +81,14 @@ def test_moelora_divides_alpha_by_the_stacked_rank(stream):
 @pytest.mark.parametrize("legacy", [False, True])
 def test_mage_averages_and_takes_the_average_over(legacy, stream):
     """The weight of every entry, written out; the average becomes the parameter at the task's end, twice the same."""
-    mllm, method = prepared("mage", {"rank": 2, "alpha": 4.0, "legacy": legacy, "base_weight": 0.2}, stream, 0)
-    method.on_task_start(stream.tasks[0])
+    mllm, method = prepared("mage", {"rank": 2, "alpha": 4.0, "legacy": legacy, "base_weight": 0.2}, stream, 1)
+    method.on_task_start(stream.tasks[1])
     trained = {name: value for name, value in mllm.model.named_parameters() if value.requires_grad}
+    assert any(name.startswith(mllm.projector_path) for name in trained) != legacy
     average = {name: value.detach().clone() for name, value in trained.items()}
     fisher = {name: torch.zeros_like(value) for name, value in average.items()}
     generator = torch.Generator().manual_seed(2)
+    held = []
     for _ in range(3):
         for value in trained.values():
             value.grad = torch.randn(value.shape, generator=generator, dtype=value.dtype)
@@ -98,16 +100,28 @@ def test_mage_averages_and_takes_the_average_over(legacy, stream):
         for name, value in trained.items():
             fisher[name] = 0.9 * fisher[name] + 0.1 * value.grad**2
             d = value.detach() - average[name]
-            weight = 0.2 * d.abs().mean() * fisher[name].mean() / (d.abs() * fisher[name])
-            weight = torch.full_like(d, 0.01) if legacy else weight.clamp(0.02, 1.0)
-            average[name] = average[name] + weight * d
+            beta = 0.8 * d.abs().mean() * fisher[name].mean() / (d.abs() * fisher[name])
+            beta = torch.full_like(d, 0.99) if legacy else beta.clamp(0.08, 1.0)
+            average[name] = beta * average[name] + (1 - beta) * value.detach()
+            held.append(beta.flatten())
+    shares = torch.cat(held)
+    assert legacy or (0.1 < (shares == 1).double().mean() < 0.9 and (shares < 0.5).double().mean() > 0.02)
     for name, value in average.items():
         torch.testing.assert_close(method.averages[name], value, rtol=1e-9, atol=1e-12)
-    method.on_task_end(stream.tasks[0])
+    method.on_task_end(stream.tasks[1])
     ends = {name: value.detach().clone() for name, value in trained.items()}
-    method.on_task_end(stream.tasks[0])
+    method.on_task_end(stream.tasks[1])
     for name, value in trained.items():
         assert torch.equal(value, ends[name]) and torch.equal(value, method.averages[name])
+
+
+def test_mage_trains_the_first_task_plainly(stream):
+    mllm, method = prepared("mage", {"rank": 2}, stream, 0)
+    our_step(mllm, method, stream.tasks[0].train[:5])
+    ends = {name: value.detach().clone() for name, value in mllm.model.named_parameters()}
+    method.on_task_end(stream.tasks[0])
+    assert method.state_tensors() == {}
+    assert all(torch.equal(value, ends[name]) for name, value in mllm.model.named_parameters())
 
 
 def test_mage_trains_what_the_modality_says(stream):

@@ -10,10 +10,10 @@ import torch
 from mllmcl import methods
 
 from ..training.made_up_run import make_stream
+from .boundaries import items, learned
 from .mixing import survives_cuts
 from .plain import make_plain
 from .stepping import our_step, plain_loss, prepared
-from .test_boundaries import items, learned
 
 OPTIONS = {"rank": 3, "alpha": 6.0, "s_max": 20.0, "gain": 10.0}
 

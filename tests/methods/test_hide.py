@@ -23,20 +23,21 @@ def stream():
 
 
 class PlainHide(nn.Module):
-    """W x + s (sum B)(sum A) x below the last layer, W x + s sum_i w_i B_i A_i x in it; w is set from outside."""
+    """W x + s sum_i w_i B_i A_i x, w from outside in the last layer and 1 below; or s (sum B)(sum A) x there."""
 
-    def __init__(self, layer, rank: int, known: int, is_last: bool, weights: dict):
+    def __init__(self, layer, rank: int, known: int, is_last: bool, weights: dict, legacy: bool):
         super().__init__()
-        self.layer, self.is_last, self.weights = layer, is_last, weights
-        self.a = layer.lora_a.detach().split(rank)[1 : 1 + known]
-        self.b = layer.lora_b.detach().split(rank, 1)[1 : 1 + known]
-        self.scaling = layer.state.scaling[1]
+        self.layer, self.is_last, self.weights, self.legacy = layer, is_last, weights, legacy
+        self.a = layer.lora_a.detach().split(rank)[legacy : legacy + known]
+        self.b = layer.lora_b.detach().split(rank, 1)[legacy : legacy + known]
+        self.scaling = layer.state.scaling[legacy]
 
     def forward(self, x):
         y = F.linear(x, self.layer.weight, self.layer.bias)
-        if not self.is_last:
+        if self.legacy and not self.is_last:
             return y + self.scaling * (x @ sum(self.a).t()) @ sum(self.b).t()
-        for weight, a, b in zip(self.weights["w"], self.a, self.b, strict=True):
+        weights = self.weights["w"] if self.is_last else [1.0] * len(self.a)
+        for weight, a, b in zip(weights, self.a, self.b, strict=True):
             y = y + weight * self.scaling * (x @ a.t()) @ b.t()
         return y
 
@@ -50,10 +51,11 @@ def similarities(mllm, stream, samples, known: int) -> torch.Tensor:
     return torch.stack(found)
 
 
-def test_one_step_trains_the_new_expert_alone(stream):
-    mllm, method = prepared("hide", {"rank": 2, "alpha": 6.0}, stream, 1)
-    plain = copy.deepcopy(mllm)
-    make_plain(plain, [False, False, True], one(2))
+@pytest.mark.parametrize("legacy", [False, True])
+def test_one_step_trains_the_new_expert_alone(legacy, stream):
+    mllm, method = prepared("hide", {"rank": 2, "alpha": 6.0, "legacy": legacy}, stream, 1)
+    plain, old = copy.deepcopy(mllm), 1 + legacy
+    make_plain(plain, [False] * old + [True], one(old))
     samples = list(stream.tasks[1].train[:5])
     before = {key: value.clone() for key, value in mllm.trainable_state().items()}
     theirs = plain_step(plain, plain_loss(plain, samples))
@@ -62,25 +64,27 @@ def test_one_step_trains_the_new_expert_alone(stream):
         other = plain.model.get_submodule(path)
         torch.testing.assert_close(layer.lora_a, torch.cat(list(other.a)), rtol=1e-7, atol=1e-9)
         torch.testing.assert_close(layer.lora_b, torch.cat(list(other.b), 1), rtol=1e-7, atol=1e-9)
-        assert torch.equal(layer.lora_a[:4], before[f"{path}.lora_a"][:4])
-        assert torch.equal(layer.lora_b[:, :4], before[f"{path}.lora_b"][:, :4])
+        assert torch.equal(layer.lora_a[: 2 * old], before[f"{path}.lora_a"][: 2 * old])
+        assert torch.equal(layer.lora_b[:, : 2 * old], before[f"{path}.lora_b"][:, : 2 * old])
 
 
+@pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("known", [1, 2])
-def test_at_test_lower_layers_are_merged_and_the_last_one_mixes(known, stream):
-    """A third expert that has started training takes no part."""
-    mllm, method = learned("hide", stream, tasks=known, rank=2, temperature=0.3)
+def test_at_test_lower_layers_are_merged_and_the_last_one_mixes(known, legacy, stream):
+    """An expert that has started training takes no part."""
+    mllm, method = learned("hide", stream, tasks=known, rank=2, temperature=0.3, legacy=legacy)
     method.on_task_start(stream.tasks[known])
     samples = items(stream)
     expected = torch.softmax(0.5 * similarities(mllm, stream, samples, known).sum(0) / 0.3, -1)
     plain, weights = copy.deepcopy(mllm), {}
     for path, layer in list(mllm.expert_layers.items()):
         parent, _, name = path.rpartition(".")
-        other = PlainHide(plain.expert_layers[path], 2, known, ".layers.1." in path, weights)
+        other = PlainHide(plain.expert_layers[path], 2, known, ".layers.1." in path, weights, legacy)
         assert ".layers.0." in path or ".layers.1." in path
         setattr(plain.model.get_submodule(parent), name, other)
-        torch.testing.assert_close(layer.lora_a[:2], sum(other.a))
-        torch.testing.assert_close(layer.lora_b[:, :2], sum(other.b))
+        if legacy:
+            torch.testing.assert_close(layer.lora_a[:2], sum(other.a))
+            torch.testing.assert_close(layer.lora_b[:, :2], sum(other.b))
     for row, sample in enumerate(samples):
         weights["w"] = expected[row]
         with torch.no_grad():
@@ -106,9 +110,10 @@ def test_legacy_takes_the_largest_cosine_of_a_batch(stream):
     assert mllm.routes_batches
 
 
-def test_what_is_stored_brings_a_fresh_model_to_the_same_logits(stream):
-    mllm, method = learned("hide", stream)
-    other, _ = reloaded("hide", stream, mllm, method)
+@pytest.mark.parametrize("legacy", [False, True])
+def test_what_is_stored_brings_a_fresh_model_to_the_same_logits(legacy, stream):
+    mllm, method = learned("hide", stream, legacy=legacy)
+    other, _ = reloaded("hide", stream, mllm, method, legacy=legacy)
     assert torch.equal(routed_logits(mllm, items(stream)), routed_logits(other, items(stream)))
     assert set(method.state_tensors()) == {"anchors/image", "anchors/text"}
     before = {key: value.clone() for key, value in mllm.trainable_state().items()}
@@ -116,11 +121,12 @@ def test_what_is_stored_brings_a_fresh_model_to_the_same_logits(stream):
     assert all(torch.equal(value, before[key]) for key, value in mllm.trainable_state().items())
 
 
-def test_the_merged_expert_does_not_train_and_the_base_answers_first(stream):
-    mllm, method = learned("hide", stream, tasks=0)
+@pytest.mark.parametrize("legacy", [False, True])
+def test_the_merged_expert_does_not_train_and_the_base_answers_first(legacy, stream):
+    mllm, method = learned("hide", stream, tasks=0, legacy=legacy)
     assert method.route(items(stream)).tolist() == [-1] * len(items(stream))
     method.on_task_start(stream.tasks[0])
-    assert mllm.experts.trainable == (False, True) and method.task_of(1) == 0
+    assert mllm.experts.trainable == ((False, True) if legacy else (True,)) and method.task_of(int(legacy)) == 0
 
 
 @pytest.mark.parametrize("legacy", [False, True])

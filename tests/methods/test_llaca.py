@@ -12,10 +12,10 @@ import torch
 from mllmcl import methods
 
 from ..training.made_up_run import make_stream
+from .boundaries import items, learned, stored
 from .mixing import survives_cuts
 from .plain import make_plain, one
 from .stepping import our_step, plain_loss, plain_step, prepared, trainable
-from .test_boundaries import items, learned, stored
 
 #: of tasks of which the last is like the first
 QUESTIONS = (
@@ -72,8 +72,11 @@ def plain_parts(mllm, plain, which: int) -> list[torch.nn.Parameter]:
     return lora + [part for layer in copies for part in (layer.weight, layer.bias)]
 
 
-def test_steps_and_averages_are_the_formulas(stream):
-    mllm, method = in_third_task(stream)
+@pytest.mark.parametrize("legacy", [False, True])
+def test_steps_and_averages_are_the_formulas(legacy, stream):
+    """beta (1 + |g|) / (|d| |g - g_before|) is the old average's weight; twice that the parameter's with legacy."""
+    mllm, method = in_third_task(stream, legacy=legacy)
+    base = 0.01 if legacy else 0.3
     assert method.owners == [0, 1, 0] and mllm.experts.num_experts == 2
     plain = copy.deepcopy(mllm)
     make_plain(plain, [True, False], one(0), 0)
@@ -89,11 +92,11 @@ def test_steps_and_averages_are_the_formulas(stream):
         grads = [param.grad.clone() for param in params]
         with torch.no_grad():
             for place, (average, param, grad) in enumerate(zip(averages, params, grads, strict=True)):
-                weight = 0.3
+                weight = base
                 if previous is not None:
                     moved = (param - average).abs().sum() * (grad - previous[place]).abs().sum()
-                    found = float(2 * (1 + grad.abs().sum()) / moved)
-                    weight = found if 0 < found < 1 else 0.3
+                    found = float((1 + grad.abs().sum()) / moved) * (2 if legacy else 1)
+                    weight = (found if legacy else 1 - found) if 0 < found < 1 else base
                     weights.append(weight)
                 average.copy_((1 - weight) * average + weight * param)
         previous = grads
@@ -104,7 +107,8 @@ def test_steps_and_averages_are_the_formulas(stream):
                 torch.testing.assert_close(one_of_ours, other.detach(), rtol=1e-7, atol=1e-10)
         plain.model.zero_grad()
         mllm.model.zero_grad(set_to_none=True)
-    assert 0.1 < sum(weight == 0.3 for weight in weights) / len(weights) < 0.9
+    # the rule and its base both have a part
+    assert 0 < sum(weight == base for weight in weights) / len(weights) < 0.9
     method.on_task_end(stream.tasks[2])
     after = dict(mllm.model.named_parameters())
     for value, average in zip(of_set(mllm, after, 0), averages, strict=True):
@@ -299,7 +303,7 @@ def test_a_projector_that_does_not_train_is_shared(stream):
 def test_wrong_options_are_refused():
     with pytest.raises(ValueError, match=r"reuse_above must be in \[0, 1\], got 2"):
         methods.create("llaca", reuse_above=2)
-    with pytest.raises(ValueError, match=r"base_weight must be in \(0, 1\], got 0"):
+    with pytest.raises(ValueError, match=r"base_weight must be in \(0, 1\), got 0"):
         methods.create("llaca", base_weight=0)
 
 

@@ -11,7 +11,7 @@ from mllmcl import methods
 
 from ..models.tiny import make_composed
 from ..training.made_up_run import make_stream
-from .test_boundaries import items
+from .boundaries import items
 
 OPTIONS = {"num_samples": 6, "damping": 0.05, "strength": 0.7, "energy": 0.9}
 

@@ -12,9 +12,9 @@ from mllmcl import methods
 from mllmcl.methods.features import image_features, text_features
 
 from ..training.made_up_run import make_stream
+from .boundaries import items, learned
 from .soft import answer_labels, by_hand, cosine, plain_adamw
 from .stepping import our_step, prepared
-from .test_boundaries import items, learned
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,10 @@ from mllmcl import methods
 
 from ..models.tiny import make_composed
 from ..training.made_up_run import make_stream
+from .boundaries import learned
 from .mixing import survives_cuts
 from .plain import make_plain, one
 from .stepping import fill, our_step, plain_loss, prepared
-from .test_boundaries import learned
 
 OPTIONS = {"rank": 3, "alpha": 6.0, "prune": 0.4}
 

@@ -11,10 +11,10 @@ from mllmcl import methods
 from mllmcl.methods.keys import query
 
 from ..training.made_up_run import make_stream
+from .boundaries import items
 from .plain import make_plain
 from .soft import cosine, plain_adamw
 from .stepping import our_step, prepared
-from .test_boundaries import items
 
 #: 44 features, so that the last group is one narrower
 OPTIONS = {"rank": 2, "alpha": 3.0, "slots": 3, "chosen": 2, "groups": 5}
