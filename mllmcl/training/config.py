@@ -25,7 +25,7 @@ class TrainConfig:
         output_dir: the run folder: config, matrix, metrics, events, predictions, adapters, checkpoints, report.
         num_train_epochs: passes over a task's samples.
         max_steps: at most so many optimizer steps for each phase of a task.
-        per_device_train_batch_size: samples of a forward pass.
+        per_device_train_batch_size: samples of a forward pass, in each process.
         gradient_accumulation_steps: forward passes of an optimizer step.
         learning_rate: None takes the method's own.
         projector_learning_rate: of the projector's tensors; None takes learning_rate.
