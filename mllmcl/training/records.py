@@ -394,6 +394,7 @@ def _metrics(run: Run) -> dict:
         "trainable_parameters": sum(value.numel() for value in parameters.values()),
         "stored_bytes": sum(value.nbytes for value in (*parameters.values(), *run.method.state_tensors().values())),
         "threads": torch.get_num_threads(),
+        **({"processes": run.processes.size} if run.processes.size > 1 else {}),
         "eval_batch_size": config.eval_batch_size,
         "dtype": "bfloat16 autocast" if config.bf16 else str(run.mllm.dtype).removeprefix("torch."),
         "seed": config.seed,
