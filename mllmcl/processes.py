@@ -61,6 +61,10 @@ class Processes:
         """What each process has, in order; values that JSON holds."""
         return [value]
 
+    def batches_of(self, batches: list) -> list:
+        """Those of the batches of an evaluation that this process answers."""
+        return batches
+
     def own_draws(self) -> contextlib.AbstractContextManager:
         """Within the context torch draws other numbers in each process, as dropout has to."""
         return contextlib.nullcontext()

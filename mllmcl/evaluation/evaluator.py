@@ -78,12 +78,12 @@ def evaluate(
     if progress is not None and len(order) < len(samples):
         progress(len(samples) - len(order))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    own = batches[processes.rank :: processes.size]
+    own = processes.batches_of(batches)
     for start in range(0, len(own), BATCHES_A_CALL):
         places = [place for batch in own[start : start + BATCHES_A_CALL] for place in batch]
         _answer(mllm, samples, gates, places, answers, max_new_tokens=max_new_tokens, batch_size=batch_size)
         if progress is not None:
-            progress(len(places) * processes.size)
+            progress(len(places) * round(len(batches) / len(own)))
     for found in processes.gather([[place, answers[place]] for batch in own for place in batch]):
         for place, answer in found:
             answers[place] = answer

@@ -88,6 +88,8 @@ class Method:
     exports: ClassVar[bool] = True
     #: whether what trains may have no gradient, since the method shuts it off for a task
     shuts_off: ClassVar[bool] = False
+    #: whether weights of the language tower change, by training or merging, so that no process can do with a part
+    changes_base: ClassVar[bool] = False
     #: used where the run's configuration names none
     learning_rate: ClassVar[float] = 1e-3
 

@@ -7,6 +7,10 @@ last backward pass of a step, by an explicit all-reduce: which parameters train 
 read and change gradients between backward pass and step. From there on every process does the same with the same
 numbers, so parameters stay bit-equal; `check_alike` looks at that after every phase. The first process writes files,
 which all of them have to see.
+
+What a method computes over a training set at a boundary, and what routers choose, every process computes alike; the
+batches of an evaluation are shared out whole, so answers are those of one process. `shard_base` cuts the frozen
+weights of decoder layers up with FSDP2, for a base that fits no single device.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -25,6 +29,9 @@ from torch import Tensor, nn
 
 from ..processes import Processes
 from .rng import derive_seed
+
+if TYPE_CHECKING:
+    from ..models import MLLM
 
 __all__ = ["Alone", "Several", "joined"]
 
@@ -67,6 +74,9 @@ class Alone(Processes):
 
     def spread(self, tensors: dict[str, Tensor]) -> None:
         """Copy the first process's tensors into those of the others."""
+
+    def shard_base(self, mllm: MLLM) -> None:
+        """Leave this process a part of each decoder layer's frozen weights."""
 
 
 @contextlib.contextmanager
@@ -134,6 +144,7 @@ class Several(Alone):
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         # what the host has to know does not wait for the device
         self.host = dist.new_group(backend="gloo")
+        self.is_sharded = False
         self.token_share = 1.0
         self.step = self.num_draws = 0
         #: the state of the generator that all share, while this process draws from its own
@@ -197,6 +208,28 @@ class Several(Alone):
                     parameter.grad = torch.zeros_like(parameter)
                 grads.append(parameter.grad)
         self.add_([loss, *grads])
+
+    def batches_of(self, batches):
+        # a layer of a sharded base is gathered by all processes together, so they have to do the same passes
+        return batches if self.is_sharded else batches[self.rank :: self.size]
+
+    def shard_base(self, mllm):
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        tower = mllm.model.get_submodule(mllm.language_path)
+        layers = next((list(module) for module in tower.modules() if isinstance(module, nn.ModuleList)), None)
+        if not layers:
+            raise ValueError(f"shard_base: {type(tower).__name__} has no list of decoder layers")
+        mesh = init_device_mesh(self.device.type, (self.size,))
+        may_train = mllm.trainable_state().keys()
+        whole = {value for name, value in mllm.model.named_parameters() if name in may_train}
+        for layer in layers:
+            fully_shard(layer, mesh=mesh, ignored_params=whole)
+        within = {value for layer in layers for value in layer.parameters()}
+        # the root that the layers belong to, with nothing of its own to shard
+        fully_shard(tower, mesh=mesh, ignored_params=whole | ({*tower.parameters()} - within))
+        self.is_sharded = True
 
     # -- draws
 

@@ -106,6 +106,8 @@ def train(mllm: MLLM, method: Method, stream: Stream, config: TrainConfig) -> Re
     for argument, value, kind in (("method", method, Method), ("config", config, TrainConfig)):
         if not isinstance(value, kind):
             raise TypeError(f"train: {argument} must be a {kind.__name__}, got {type(value).__name__}")
+    if config.shard_base and method.changes_base:
+        raise ValueError(f"train: shard_base needs a base that stays as it is, and method {method.name} changes it")
     stream.validate()
     check_scorers(stream.tasks)
     folder = Path(config.output_dir)
@@ -129,7 +131,8 @@ def _begin(mllm: MLLM, method: Method, stream: Stream, config: TrainConfig, fold
     seed_everything(config.seed)
     records.share_weights(mllm, processes)
     description = records.describe(mllm, method, stream, processes.size)
-    processes.check_same({**description, "train": config.deciding()}, "run")
+    # bars are the one thing that may be another's
+    processes.check_same({**description, "train": {**asdict(config), "progress": None}}, "run")
     # experts have to be drawn alike in a run and its continuation, so the digest comes before the method's set-up
     run = Run(mllm, method, stream, config, folder, config.sha256(description), processes)
     method.autocast, method.processes = functools.partial(_autocast, run), processes
@@ -139,6 +142,8 @@ def _begin(mllm: MLLM, method: Method, stream: Stream, config: TrainConfig, fold
     method.setup(mllm, stream)
     if config.gradient_checkpointing:
         mllm.enable_checkpointing()
+    if config.shard_base:
+        processes.shard_base(mllm)
     if found is None:
         if processes.is_first:
             records.write_config(folder, config, description)

@@ -99,6 +99,45 @@ def test_two_processes_that_die_end_the_same(tmp_path):
     assert Report.load(whole).metrics["processes"] == 2
 
 
+def shard(rank: int, arguments: dict, death: tuple[str, int] | None, folder) -> None:
+    """A run with a sharded base, and how many of its numbers each process holds."""
+    original = distributed.Several.shard_base
+
+    def counted(self, mllm):
+        original(self, mllm)
+        sharded = [value for value in mllm.model.parameters() if hasattr(value, "to_local")]
+        trains = [name for name in mllm.trainable_state() if hasattr(mllm.model.get_parameter(name), "to_local")]
+        here, whole = sum(value.to_local().numel() for value in sharded), sum(value.numel() for value in sharded)
+        (folder / f"held-{rank}.json").write_text(json.dumps([here, whole, trains]))
+
+    distributed.Several.shard_base = counted
+    learn(rank, [{**arguments, "shard_base": True}], death)
+
+
+@pytest.mark.parametrize("name", ["mr_lora", "dual_prompt"])
+def test_a_sharded_base_learns_the_same_to_the_bit(name, tmp_path):
+    """With layers recomputed, killed once; beside the same run with a whole base."""
+    arguments = {"method": name, **CONFIG, **HALF, "save_steps": 2, "gradient_checkpointing": True}
+    whole, cut = tmp_path / "whole", tmp_path / "sharded"
+    assert together(learn, tmp_path, [{"folder": str(whole), **arguments}]) == [0, 0], errors(tmp_path)
+    arguments = {"folder": str(cut), **arguments}
+    assert together(shard, tmp_path, arguments, ("-_step", 6), tmp_path) == [9, 1]
+    assert together(shard, tmp_path, arguments, None, tmp_path) == [0, 0], errors(tmp_path)
+    same_end(whole, cut)
+    assert read_predictions(whole) == read_predictions(cut)
+    for rank in range(2):
+        here, everything, trains = json.loads((tmp_path / f"held-{rank}.json").read_text())
+        # two layers of q, k, v, o, gate, up, down and two norms
+        assert everything == 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 48 + 2 * 32) and here == everything // 2
+        assert trains == []
+
+
+@pytest.mark.parametrize("name", ["finetune", "lora_merged"])
+def test_a_base_that_changes_is_not_sharded(name, tmp_path):
+    with pytest.raises(ValueError, match=f"shard_base needs a base that stays as it is, and method {name} changes it"):
+        make_run(tmp_path, name, shard_base=True)
+
+
 def fail(rank: int, where: str, arguments: dict) -> None:
     """A run in which something goes wrong in the second process alone."""
     original = loop._step

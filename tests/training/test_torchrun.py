@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,13 @@ def configure(folder: Path) -> Path:
     return path
 
 
+@pytest.fixture
+def signals_stay(monkeypatch):
+    """The program is called within this process, whose signals are not the program's."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+
+
+@pytest.mark.usefixtures("signals_stay")
 def test_the_command_line_runs_under_torchrun(tmp_path, capsys):
     config = configure(tmp_path)
     done = torchrun("-m", "mllmcl", "run", str(config))
@@ -86,6 +94,7 @@ def test_a_script_whose_process_dies_ends_and_continues(tmp_path):
     same_end(tmp_path / "whole", tmp_path / "cut")
 
 
+@pytest.mark.usefixtures("signals_stay")
 def test_a_sweep_is_not_started_by_torchrun(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     path = tmp_path / "sweep.yaml"
