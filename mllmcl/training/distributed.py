@@ -110,7 +110,9 @@ def joined(seed: int, device: torch.device) -> Iterator[Alone]:
     try:
         yield Several(seed, device)
     except BaseException:
-        # the others must not wait for this process, whatever its caller does with the error
+        # the others must not wait for this process, whatever its caller does with the error; on GPUs leaving would wait
+        # for them, and it is the end of this process that torchrun sees
+        atexit.unregister(_leave)
         if device.type == "cpu":
             _leave()
         raise

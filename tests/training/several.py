@@ -26,7 +26,8 @@ SERVER.set_forkserver_preload(["tests.training.several"])
 def _enter(work: Callable, rank: int, size: int, folder: str, arguments: tuple) -> None:
     torch.set_num_threads(1)
     os.environ["RANK"] = str(rank)
-    patience = datetime.timedelta(minutes=2)
+    # longer than `together` waits, so that a process that hangs is seen as such
+    patience = datetime.timedelta(minutes=30)
     dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=size, timeout=patience)
     try:
         work(rank, *arguments)
@@ -38,7 +39,7 @@ def _enter(work: Callable, rank: int, size: int, folder: str, arguments: tuple) 
     dist.destroy_process_group()
 
 
-def together(work: Callable, folder: Path, *arguments, size: int = 2, seconds: float = 240.0) -> list[int]:
+def together(work: Callable, folder: Path, *arguments, size: int = 2, seconds: float = 400.0) -> list[int]:
     """Exit codes of `size` processes that run `work(rank, *arguments)`; each ends by itself, or the test fails."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "meeting").unlink(missing_ok=True)

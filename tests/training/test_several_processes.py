@@ -19,7 +19,7 @@ from .several import errors, learn, together
 from .test_loop import final_tensors, same_end
 
 #: of methods whose loss or gradient is more than a mean over the answer tokens of a batch, and of some where it is not
-METHODS = ("lora", "mr_lora", "a_gem", "ewc", "der_pp", "o_lora", "l2p", "m2distill", "cl_moe")
+METHODS = ("lora", "mr_lora", "a_gem", "ewc", "der_pp", "l2p", "m2distill", "cl_moe")
 #: a last batch of 4 samples after two of 10; 25 of 24 samples, so that a process has no sample of the last batch
 CONFIG = {"num_train_epochs": 1, "save_steps": 100, "evaluate_seen_only": True, "zero_shot": False, "max_new_tokens": 2}
 WHOLE, HALF = {"per_device_train_batch_size": 10}, {"per_device_train_batch_size": 5}
@@ -48,8 +48,7 @@ def both(tmp_path_factory):
     """The folders of all runs, learned by two processes and by one."""
     folders = tmp_path_factory.mktemp("two"), tmp_path_factory.mktemp("one")
     assert together(learn, folders[0], list(runs_of(folders[0], 2).values())) == [0, 0], errors(folders[0])
-    for arguments in runs_of(folders[1], 1).values():
-        make_run(**arguments)
+    assert together(learn, folders[1], list(runs_of(folders[1], 1).values()), size=1) == [0], errors(folders[1])
     return folders
 
 
@@ -114,10 +113,9 @@ def shard(rank: int, arguments: dict, death: tuple[str, int] | None, folder) -> 
     learn(rank, [{**arguments, "shard_base": True}], death)
 
 
-@pytest.mark.parametrize("name", ["mr_lora", "dual_prompt"])
-def test_a_sharded_base_learns_the_same_to_the_bit(name, tmp_path):
+def test_a_sharded_base_learns_the_same_to_the_bit(tmp_path):
     """With layers recomputed, killed once; beside the same run with a whole base."""
-    arguments = {"method": name, **CONFIG, **HALF, "save_steps": 2, "gradient_checkpointing": True}
+    arguments = {"method": "mr_lora", **CONFIG, **HALF, "save_steps": 2, "gradient_checkpointing": True}
     whole, cut = tmp_path / "whole", tmp_path / "sharded"
     assert together(learn, tmp_path, [{"folder": str(whole), **arguments}]) == [0, 0], errors(tmp_path)
     arguments = {"folder": str(cut), **arguments}
@@ -167,7 +165,7 @@ def fail(rank: int, where: str, arguments: dict) -> None:
 )
 def test_what_goes_wrong_in_one_process_ends_both(where, match, tmp_path):
     arguments = {"folder": str(tmp_path / "run"), "method": "lora", **CONFIG, **HALF}
-    assert together(fail, tmp_path, where, arguments, seconds=60) == [1, 1]
+    assert together(fail, tmp_path, where, arguments) == [1, 1]
     assert any(match in error for error in errors(tmp_path))
 
 
