@@ -116,11 +116,18 @@ def _run(arguments: list[str]) -> int:
 
         path = Path(arguments[0])
         if path.is_file() and "sweep" in (yaml.safe_load(path.read_text()) or {}):
+            if _num_processes() > 1:
+                raise ValueError(f"{path}: a sweep starts the processes of its runs, so start it without torchrun")
             return run_sweep(path, say=functools.partial(print, flush=True))
     parser = _run_parser()
     config = parser.instantiate_classes(parser.parse_args(_dashes(arguments)))
     settings = RunConfig(**{name: config[name] for name in ("train", "model", "method", "stream", "dry_run")})
     return run(settings)
+
+
+def _num_processes() -> int:
+    """How many processes torchrun has started for this run."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def build_model(config: ModelConfig, seed: int):
@@ -133,6 +140,9 @@ def build_model(config: ModelConfig, seed: int):
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        # torchrun gives each process of a machine a GPU of its own
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
     dtype = getattr(torch, config.dtype)
     seed_everything(seed)
     if config.pretrained is not None:
@@ -211,14 +221,16 @@ def _check_folder(folder: Path, settings: RunConfig, method, stream) -> None:
         raise ValueError(f"output_dir {folder} holds a run already; train.resume=auto continues it")
     held = yaml.safe_load(path.read_text(encoding="utf-8"))
 
-    def told(method_name, options, stream_name, tasks, seed) -> dict:
+    def told(method_name, options, stream_name, tasks, seed, processes) -> dict:
         counts = {task["name"]: [task["train"], task["test"]] for task in tasks}
         values = {f"method.options.{name}": value for name, value in options.items()}
-        return {"method": method_name, **values, "stream": stream_name, "tasks": counts, "seed": seed}
+        facts = {"stream": stream_name, "tasks": counts, "seed": seed, "number of processes": processes}
+        return {"method": method_name, **values, **facts}
 
     tasks = [{"name": task.name, "train": len(task.train), "test": len(task.test)} for task in stream.tasks]
-    old = told(*held["method"].values(), held["stream"]["name"], held["stream"]["tasks"], held["train"]["seed"])
-    new = told(method.name, options_of(method), stream.name, tasks, settings.train.seed)
+    train, kept = held["train"], held["stream"]
+    old = told(*held["method"].values(), kept["name"], kept["tasks"], train["seed"], held.get("processes", 1))
+    new = told(method.name, options_of(method), stream.name, tasks, settings.train.seed, _num_processes())
     for name, value in json.loads(json.dumps(new)).items():
         if old.get(name, value) != value:
             raise ValueError(
@@ -237,8 +249,9 @@ def run(settings: RunConfig) -> int:
 
     mllm = build_model(settings.model, settings.train.seed)
     report = train(mllm, method, stream, settings.train)
-    print(report.table())
-    print(f"report: {Path(settings.train.output_dir) / 'report.html'}")
+    if os.environ.get("RANK", "0") == "0":
+        print(report.table())
+        print(f"report: {Path(settings.train.output_dir) / 'report.html'}")
     return 0
 
 

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
+from ..processes import Processes
 from .predictions import Prediction
 from .scorers import scorer as find_scorer
 
@@ -40,6 +41,7 @@ def evaluate(
     max_new_tokens: int = 16,
     answered: Mapping[tuple[str, int], str] | None = None,
     progress: Callable[[int], object] | None = None,
+    processes: Processes | None = None,
 ) -> list[Prediction]:
     """Answer every sample greedily and score it, in the order given.
 
@@ -53,6 +55,7 @@ def evaluate(
         scorer: the name of a scorer, or task -> name. A sample whose metadata name a `scorer` is scored by that one.
         answered: (item id, expert id) -> the answer that is known already; such items are not answered again.
         progress: called with the number of samples just done.
+        processes: who shares the batches, each of which is the same as in one process; all get all predictions.
 
     Returns:
         One Prediction a sample; its expert is None where no single one was chosen.
@@ -64,8 +67,9 @@ def evaluate(
     samples = list(samples)
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+    processes = processes or Processes()
     score = _scores_by_task(scorer, samples)
-    gates, ids = _choose(mllm, samples, experts)
+    gates, ids = _choose(mllm, samples, experts, processes)
     answers: list[str | None] = [None] * len(samples)
     if answered and ids is not None:
         answers = [answered.get((sample.id, int(expert))) for sample, expert in zip(samples, ids, strict=True)]
@@ -73,11 +77,16 @@ def evaluate(
     order.sort(key=lambda place: (len(samples[place].question), place))
     if progress is not None and len(order) < len(samples):
         progress(len(samples) - len(order))
-    for start in range(0, len(order), batch_size * BATCHES_A_CALL):
-        places = order[start : start + batch_size * BATCHES_A_CALL]
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    own = processes.batches_of(batches)
+    for start in range(0, len(own), BATCHES_A_CALL):
+        places = [place for batch in own[start : start + BATCHES_A_CALL] for place in batch]
         _answer(mllm, samples, gates, places, answers, max_new_tokens=max_new_tokens, batch_size=batch_size)
         if progress is not None:
-            progress(len(places))
+            progress(len(places) * round(len(batches) / len(own)))
+    for found in processes.gather([[place, answers[place]] for batch in own for place in batch]):
+        for place, answer in found:
+            answers[place] = answer
     return [
         Prediction(
             id=sample.id,
@@ -117,11 +126,12 @@ def _scores_by_task(scorer: str | Mapping[str, str], samples: Sequence) -> dict[
     return {task: find_scorer(scorer[task]) for task in tasks}
 
 
-def _choose(mllm: Answerer, samples: list, experts) -> tuple[object, np.ndarray | None]:
+def _choose(mllm: Answerer, samples: list, experts, processes: Processes) -> tuple[object, np.ndarray | None]:
     """What to hand to `generate` for all samples, and the ids to record."""
     routes_alone = mllm.router is not None and not getattr(mllm, "routes_batches", False)
     if isinstance(experts, str) and experts == "route" and routes_alone and samples:
         experts = mllm.router(samples)
+        experts = processes.of_first(experts) if hasattr(experts, "detach") else experts
     if experts is None or isinstance(experts, str):
         return experts, None
     gates = experts.detach().cpu().numpy() if hasattr(experts, "detach") else np.asarray(experts)
@@ -165,7 +175,7 @@ def check_batching(
         The items that differ, each {"id", "alone", "batched"}; empty when all agree.
     """
     samples = list(samples)
-    gates, _ = _choose(mllm, samples, experts)
+    gates, _ = _choose(mllm, samples, experts, Processes())
     alone, batched = [""] * len(samples), [""] * len(samples)
     for start in range(0, len(samples), batch_size):
         places = list(range(start, min(start + batch_size, len(samples))))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..options import check_at_least
+from ..processes import Processes
 
 if TYPE_CHECKING:
     from ..models import MLLM
@@ -67,6 +68,10 @@ class Method:
 
     `answer_loss` and `loss` run under the run's autocast and inside `before_forward`. A method that runs the model
     elsewhere (`before_step`, `on_task_end`) wraps that in `self.autocast()` to have the same precision.
+
+    Where several processes share a step, gradients are of the whole batch from `before_step` on, and the hooks of all
+    processes do the same with them. `mllmcl.processes.Processes` says what `answer_loss` and `loss` have to heed; an
+    option that makes a batch share something, as `legacy` of some methods, means the batch of a process.
     """
 
     name: ClassVar[str] = ""
@@ -83,6 +88,8 @@ class Method:
     exports: ClassVar[bool] = True
     #: whether what trains may have no gradient, since the method shuts it off for a task
     shuts_off: ClassVar[bool] = False
+    #: whether weights of the language tower change, by training or merging, so that no process can do with a part
+    changes_base: ClassVar[bool] = False
     #: used where the run's configuration names none
     learning_rate: ClassVar[float] = 1e-3
 
@@ -90,6 +97,8 @@ class Method:
     stream: Any = field(default=None, init=False, repr=False)
     #: gives the context of the run's precision; the training loop sets it
     autocast: Any = field(default=contextlib.nullcontext, init=False, repr=False)
+    #: who shares the steps; the training loop sets it
+    processes: Processes = field(default_factory=Processes, init=False, repr=False)
     #: share of the phase's steps that are behind, 0 at its first and 1 at its last; the training loop sets it
     progress: float = field(default=0.0, init=False, repr=False)
 
@@ -102,6 +111,10 @@ class Method:
     def setup(self, mllm: MLLM, stream: Stream) -> None:
         """Put into the model what the method needs, once, before any state is loaded."""
         self.mllm, self.stream = mllm, stream
+
+    def sample_mean(self, values: Tensor) -> Tensor:
+        """The mean of values `[B, ...]` over the batch, as a part of a loss that processes share, see `Processes`."""
+        return self.processes.part(values.mean(), self.processes.fraction * len(values))
 
     def index_of(self, task: Task) -> int:
         """Position of a task in the stream."""

@@ -132,12 +132,20 @@ class BatchReplayMethod(BufferMethod):
             left = set(self._smallest([sample_id for ids in self.buffer.values() for sample_id in ids], self.capacity))
             self.buffer = {name: [one for one in ids if one in left] for name, ids in self.buffer.items()}
 
+    def replay(self, batch) -> tuple[list, Tensor, float]:
+        """Stored samples to see beside a batch, their places, and by how much they count: the share of this process."""
+        samples, places = self.draw(self.buffer_batch or self.processes.batch_size or len(batch))
+        own, fraction = self.processes.share(samples)
+        return own, self.processes.share(places)[0], fraction
+
     def draw(self, count: int, pool: Sequence | None = None) -> tuple[list, Tensor]:
         """Samples of `pool` (the whole buffer for None) and their places in it, int64 on the CPU.
 
-        At most `count`, no sample twice; drawn from torch's generator, of which a resumed run knows the state.
+        At most `count`, no sample twice; drawn from torch's generator, of which a resumed run knows the state. The same
+        in all processes.
         """
         if pool is None:
             pool = [sample for samples in self.pools.values() for sample in samples]
-        places = torch.randperm(len(pool))[:count]
+        with self.processes.alike_draws():
+            places = torch.randperm(len(pool))[:count]
         return [pool[place] for place in places.tolist()], places

@@ -112,7 +112,9 @@ class ClMoe(MoeLora):
         if not self.legacy:
             routings = [self.mllm.experts.routings[path] for path in self.mllm.expert_layers]
             is_top_LBSE = self._important(torch.stack([routing.probs for routing in routings]))
-            self.counts_LE += (is_top_LBSE & routings[0].token_mask[..., None]).sum((1, 2))
+            count_LE = (is_top_LBSE & routings[0].token_mask[..., None]).sum((1, 2)) * self.processes.fraction
+            self.processes.add_([count_LE])
+            self.counts_LE += count_LE
         return loss
 
     @torch.no_grad()

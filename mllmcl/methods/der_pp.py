@@ -59,13 +59,15 @@ class DerPp(BatchReplayMethod, LoraMethod):
         if not self.pools:
             return loss
         mllm = self.mllm
-        samples, places = self.draw(self.buffer_batch or len(batch))
+        samples, places, fraction = self.replay(batch)
         hidden = mllm.answer_hidden(mllm.collate(samples, with_answers=True))
         rows = RowsOfSamples(self.lengths).of(places)
         values, indices = (stored[rows].to(mllm.device, non_blocking=True) for stored in (self.values, self.indices))
         distilled = distillation_loss(hidden, mllm.head_weight, (values, indices), temperature=self.temperature)
-        again, _ = self.draw(self.buffer_batch or len(batch))
-        labelled = self.answer_loss(mllm.collate(again, with_answers=True))
+        distilled = self.processes.part(distilled, fraction * len(rows))
+        samples, _, fraction = self.replay(batch)
+        again = mllm.collate(samples, with_answers=True)
+        labelled = self.processes.part(self.answer_loss(again), fraction * len(again.answer_labels))
         return loss + self.distil * distilled + self.beta * labelled
 
     def on_task_end(self, task) -> None:

@@ -80,7 +80,7 @@ class DualPrompt(PromptMethod):
         return self.mllm.use_prompts(torch.full((len(samples),), self.acting))
 
     def loss(self, batch, loss: Tensor) -> Tensor:
-        return loss + self.pull * (1.0 - self.cosine_B.mean())
+        return loss + self.pull * (1.0 - self.sample_mean(self.cosine_B))
 
     def parameter_masks(self) -> dict:
         rows = self.task_rows(len(self.stream.tasks))

@@ -34,5 +34,6 @@ class Er(BatchReplayMethod, LoraMethod):
     def loss(self, batch, loss: Tensor) -> Tensor:
         if not self.pools:
             return loss
-        samples, _ = self.draw(self.buffer_batch or len(batch))
-        return loss + self.beta * self.answer_loss(self.mllm.collate(samples, with_answers=True))
+        samples, _, fraction = self.replay(batch)
+        stored = self.mllm.collate(samples, with_answers=True)
+        return loss + self.beta * self.processes.part(self.answer_loss(stored), fraction * len(stored.answer_labels))

@@ -21,6 +21,7 @@ class Finetune(Method):
     source: ClassVar[str] = "the lower bound of continual learning; naive fine-tuning in arXiv:2410.19925"
     stores: ClassVar[str] = "the model itself, nothing per task"
     at_test: ClassVar[str] = "nothing"
+    changes_base: ClassVar[bool] = True
     learning_rate: ClassVar[float] = 5e-5
 
     train_language: bool = True

@@ -41,16 +41,19 @@ class ReferenceGradientMethod(BatchReplayMethod):
         params = [param for group in optimizer.param_groups for param in group["params"]]
         grads = gradients_of(params)
         references = torch.stack([self._gradient(samples, params) for samples in self._references()])
+        self.processes.add_([references])
         turned = self._turned(torch.cat([grad.flatten() for grad in grads]), references)
         sizes = [grad.numel() for grad in grads]
         parts = [part.view_as(grad) for part, grad in zip(turned.split(sizes), grads, strict=True)]
         torch._foreach_copy_(grads, parts)
 
     def _gradient(self, samples: list, params: list) -> Tensor:
-        """Gradient `[P]` of the answer loss on these samples."""
-        batch = self.mllm.collate(samples, with_answers=True)
-        with self.before_forward(samples), self.autocast():
-            loss = self.answer_loss(batch)
+        """What this process has of the gradient `[P]` of the answer loss on these samples."""
+        own, fraction = self.processes.share(samples)
+        batch = self.mllm.collate(own, with_answers=True)
+        share = self.processes.weigh(len(samples), fraction, len(batch.answer_labels))
+        with self.processes.own_draws(), self.before_forward(own), self.autocast():
+            loss = self.answer_loss(batch) * share
         return torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, params, materialize_grads=True)])
 
 

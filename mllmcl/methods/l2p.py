@@ -78,4 +78,4 @@ class L2P(PromptMethod):
         return self.mllm.use_prompts(ids_Bk)
 
     def loss(self, batch, loss: Tensor) -> Tensor:
-        return loss + self.pull * (1.0 - self.cosine_Bk).sum(1).mean()
+        return loss + self.pull * self.sample_mean((1.0 - self.cosine_Bk).sum(1))

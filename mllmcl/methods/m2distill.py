@@ -98,13 +98,14 @@ class M2Distill(PreviousModelMethod):
             old, old_answers = self._features(batch)
             logits = mllm.head(old_answers)
         for tap, weight in self.taps.items():
-            loss = loss + weight * _distance(features[tap], old[tap], batch.attention_mask)
+            moved, length = _distance(features[tap], old[tap], batch.attention_mask)
+            loss = loss + weight * self.processes.part(moved / length, self.processes.fraction * length)
         return loss + self.policy * distillation_loss(answers, mllm.head_weight, logits)
 
 
-def _distance(new: Tensor, old: Tensor, mask_BS: Tensor) -> Tensor:
-    """|new - old|^2 / |old|^2, without pads where there is a row for each position."""
+def _distance(new: Tensor, old: Tensor, mask_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """|new - old|^2 and |old|^2, without pads where there is a row for each position."""
     wide = torch.promote_types(new.dtype, torch.float32)
     new, old = new.to(wide), old.to(wide)
     counts = mask_BS.to(wide)[..., None] if new.shape[:2] == mask_BS.shape else 1.0
-    return ((new - old).square() * counts).sum() / (old.square() * counts).sum()
+    return ((new - old).square() * counts).sum(), (old.square() * counts).sum()

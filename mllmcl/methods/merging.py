@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -24,6 +25,8 @@ class MergedLoraMethod(LoraMethod):
     Args:
         rslora: scaling alpha / sqrt(rank), which keeps the size of the update independent of the rank.
     """
+
+    changes_base: ClassVar[bool] = True
 
     rank: int = 16
     alpha: float = 8.0

@@ -108,7 +108,7 @@ class ModalPrompt(PromptMethod):
 
     def loss(self, batch, loss: Tensor) -> Tensor:
         image_B1, text_B1 = self.cosines(self.seen, self.prototype(self.acting)[None])
-        return loss + (1.0 - image_B1.mean()) + (1.0 - text_B1.mean())
+        return loss + (1.0 - self.sample_mean(image_B1)) + (1.0 - self.sample_mean(text_B1))
 
     def parameter_masks(self) -> dict:
         return {BANK: self.task_rows(len(self.heads))}

@@ -99,7 +99,8 @@ class MulKi(PreviousModelMethod):
         log_p_KBP, weight_KB = torch.stack(taught), torch.softmax(-torch.stack(losses), dim=0)
         divergence_KB = F.kl_div(log_q_BP.expand_as(log_p_KBP), log_p_KBP, reduction="none", log_target=True).sum(-1)
         own_B = log_q_BP.masked_fill(~self.is_own_P, float("-inf")).logsumexp(-1)
-        return loss + self.distil * (weight_KB * divergence_KB).sum(0).mean() - self.align * own_B.mean()
+        distilled = self.sample_mean((weight_KB * divergence_KB).sum(0))
+        return loss + self.distil * distilled - self.align * self.sample_mean(own_B)
 
     def state_tensors(self) -> dict[str, Tensor]:
         return {**super().state_tensors(), "centres": self.centres, "owners": self.owners}

@@ -147,7 +147,7 @@ class Slm(LoraMethod):
 
     def answer_loss(self, batch) -> Tensor:
         # keys are trained without the model
-        return -self.near_Bk.mean() if self.trains_keys else super().answer_loss(batch)
+        return -self.sample_mean(self.near_Bk) if self.trains_keys else super().answer_loss(batch)
 
     def parameter_masks(self) -> dict:
         rows = torch.zeros(self._num_experts(), dtype=torch.bool)

@@ -38,7 +38,8 @@ class SoftTargetMethod(Method):
         if not self.legacy:
             return loss
         rows, width = batch.labels.shape
-        return loss * (len(labels) / (rows * (width - 1)))
+        positions = rows * (width - 1)
+        return self.processes.part(loss * (len(labels) / positions), self.processes.fraction * positions)
 
 
 @dataclass(kw_only=True)

@@ -98,7 +98,7 @@ class Tir(ImportanceMethod):
         """The importances for the task at hand."""
         self.released = {}
         if self.importances and self.now is not None:
-            kept_T = 1 - self.similarity(self.now)
+            kept_T = 1 - self.processes.of_first(self.similarity(self.now))
             self.released = {
                 name: importance * kept_T.to(importance.dtype)[self.owners[name].int()]
                 for name, importance in self.importances.items()

@@ -29,7 +29,15 @@ from torch import Tensor
 
 from ..files import fsync_file, fsync_folder, is_alive, remove_leftovers, sha256_file, write_durably
 
-__all__ = ["CheckpointError", "Loaded", "latest_checkpoint", "load_optimizer", "optimizer_tensors", "save_checkpoint"]
+__all__ = [
+    "CheckpointError",
+    "Loaded",
+    "latest_checkpoint",
+    "load_optimizer",
+    "optimizer_tensors",
+    "read_checkpoint",
+    "save_checkpoint",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -294,6 +302,12 @@ def latest_checkpoint(folder: str | os.PathLike, *, config_sha256: str) -> Loade
             f"{folder}: holds {', '.join(sorted(others)[:3])} but no checkpoint; move the folder away to start anew"
         )
     return None
+
+
+def read_checkpoint(path: Path, *, config_sha256: str) -> Loaded:
+    """One checkpoint, for a process beside the one that looks after the folder; CheckpointError if it is no good."""
+    step, tensors, state = _read(path, config_sha256)
+    return Loaded(step=step, tensors=tensors, state=state, path=path, refused=())
 
 
 def _read(path: Path, config_sha256: str) -> tuple[int, dict[str, dict[str, Tensor]], dict]:

@@ -14,7 +14,7 @@ from ..options import check_at_least, check_types
 __all__ = ["TrainConfig"]
 
 #: options that may differ between a run and its continuation: they change no number
-FREE = ("output_dir", "resume", "progress", "save_steps", "num_report_samples")
+FREE = ("output_dir", "resume", "progress", "save_steps", "num_report_samples", "shard_base")
 
 
 @dataclass(kw_only=True)
@@ -25,7 +25,7 @@ class TrainConfig:
         output_dir: the run folder: config, matrix, metrics, events, predictions, adapters, checkpoints, report.
         num_train_epochs: passes over a task's samples.
         max_steps: at most so many optimizer steps for each phase of a task.
-        per_device_train_batch_size: samples of a forward pass.
+        per_device_train_batch_size: samples of a forward pass, in each process.
         gradient_accumulation_steps: forward passes of an optimizer step.
         learning_rate: None takes the method's own.
         projector_learning_rate: of the projector's tensors; None takes learning_rate.
@@ -35,6 +35,9 @@ class TrainConfig:
         max_grad_norm: clip the global norm of the gradients to this; 0 does not clip.
         gradient_checkpointing: recompute decoder layers in the backward pass.
         bf16: autocast to bfloat16.
+        shard_base: let each of several processes hold a part of the language tower's frozen layers (FSDP2), and gather
+            a layer where it is used; experts and all else that may train stay whole. Evaluation then takes the time of
+            one process. With one process it says nothing.
         seed: of data order, dropout and everything drawn.
         eval_batch_size: samples answered together.
         max_new_tokens: at most so many tokens for an answer.
@@ -65,6 +68,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     gradient_checkpointing: bool = False
     bf16: bool = False
+    shard_base: bool = False
     seed: int = 0
     eval_batch_size: int = 32
     max_new_tokens: int = 8

@@ -18,6 +18,11 @@ def check_finite(value: Tensor, what: str, step: int, task: str, ids: Sequence[s
         raise FloatingPointError(f"{what} is {float(value)} at step {step} of task {task}; samples {', '.join(ids)}")
 
 
+def _held(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor that may be sharded."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 class Watch:
     """Looks at the first steps of a run and raises with the names when they do not train what they should.
 
@@ -38,7 +43,7 @@ class Watch:
 
     def _frozen(self) -> dict[str, Tensor]:
         sums = {
-            name: parameter.detach().sum(dtype=torch.float64)
+            name: _held(parameter.detach()).sum(dtype=torch.float64)
             for name, parameter in self.model.named_parameters()
             if not parameter.requires_grad
         }

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -27,8 +26,9 @@ from ..files import FolderLock, append_line
 from ..methods import Method, Phase
 from ..models import MLLM
 from . import records
-from .checkpoint import latest_checkpoint, load_optimizer, optimizer_tensors, save_checkpoint
+from .checkpoint import Loaded, latest_checkpoint, load_optimizer, optimizer_tensors, read_checkpoint, save_checkpoint
 from .config import TrainConfig
+from .distributed import Alone, joined
 from .guards import Watch, check_finite
 from .progress import Progress
 from .rng import capture_rng, generator, restore_rng, seed_everything
@@ -61,6 +61,7 @@ class Run:
     config: TrainConfig
     folder: Path
     digest: str
+    processes: Alone
     position: Position = field(default_factory=Position)
     results: dict = field(default_factory=records.empty_results)
     optimizer: MaskedAdamW | None = None
@@ -70,7 +71,13 @@ class Run:
     pending: object = None
 
     def event(self, kind: str, **facts) -> None:
-        append_line(self.folder / "events.jsonl", {"time": records.now(), "event": kind, **facts})
+        if self.processes.is_first:
+            append_line(self.folder / "events.jsonl", {"time": records.now(), "event": kind, **facts})
+
+    @property
+    def progress(self) -> str:
+        """The mode of progress bars: one process tells."""
+        return self.config.progress if self.processes.is_first else "off"
 
     @property
     def task(self) -> Task:
@@ -79,6 +86,8 @@ class Run:
 
 def train(mllm: MLLM, method: Method, stream: Stream, config: TrainConfig) -> Report:
     """Learn the tasks of a stream one after the other and evaluate after each.
+
+    Processes that torchrun started call it alike and learn one run together, see `distributed`; all get its report.
 
     Args:
         mllm: a fresh model; the method puts its experts in.
@@ -92,21 +101,21 @@ def train(mllm: MLLM, method: Method, stream: Stream, config: TrainConfig) -> Re
         ValueError: a task or a test sample names a scorer that is none.
         RuntimeError: the folder is in use, a trainable tensor gets no gradient, or a frozen one moves.
         FloatingPointError: a loss or gradient norm that is no number, before the optimizer moves anything.
-        CheckpointError: a folder of another run, or no checkpoint of it can be used.
+        CheckpointError: a folder of another run, or of another number of processes, or no checkpoint can be used.
     """
     for argument, value, kind in (("method", method, Method), ("config", config, TrainConfig)):
         if not isinstance(value, kind):
             raise TypeError(f"train: {argument} must be a {kind.__name__}, got {type(value).__name__}")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RuntimeError(
-            f"train runs in one process, got WORLD_SIZE={os.environ['WORLD_SIZE']}: start it without torchrun"
-        )
+    if config.shard_base and method.changes_base:
+        raise ValueError(f"train: shard_base needs a base that stays as it is, and method {method.name} changes it")
     stream.validate()
     check_scorers(stream.tasks)
     folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    with FolderLock(folder):
-        run = _begin(mllm, method, stream, config, folder)
+    with contextlib.ExitStack() as stack:
+        processes = stack.enter_context(joined(config.seed, mllm.device))
+        if processes.is_first:
+            stack.enter_context(FolderLock(folder))
+        run = _begin(mllm, method, stream, config, folder, processes)
         if run.position.stage == "zero_shot":
             if config.zero_shot:
                 _evaluate(run, after=None)
@@ -117,21 +126,27 @@ def train(mllm: MLLM, method: Method, stream: Stream, config: TrainConfig) -> Re
         return records.finish(run)
 
 
-def _begin(mllm: MLLM, method: Method, stream: Stream, config: TrainConfig, folder: Path) -> Run:
+def _begin(mllm: MLLM, method: Method, stream: Stream, config: TrainConfig, folder: Path, processes: Alone) -> Run:
     """Set the method up, then take over what a checkpoint holds."""
     seed_everything(config.seed)
-    description = records.describe(mllm, method, stream, config)
+    records.share_weights(mllm, processes)
+    description = records.describe(mllm, method, stream, processes.size)
+    # bars are the one thing that may be another's
+    processes.check_same({**description, "train": {**asdict(config), "progress": None}}, "run")
     # experts have to be drawn alike in a run and its continuation, so the digest comes before the method's set-up
-    run = Run(mllm, method, stream, config, folder, config.sha256(description))
-    method.autocast = functools.partial(_autocast, run)
-    found = latest_checkpoint(folder / "checkpoints", config_sha256=run.digest)
+    run = Run(mllm, method, stream, config, folder, config.sha256(description), processes)
+    method.autocast, method.processes = functools.partial(_autocast, run), processes
+    found = _newest_checkpoint(run)
     if found is not None and config.resume == "never":
         raise RuntimeError(f"{folder} holds a run already (checkpoint {found.path.name}); resume=auto continues it")
     method.setup(mllm, stream)
     if config.gradient_checkpointing:
         mllm.enable_checkpointing()
+    if config.shard_base:
+        processes.shard_base(mllm)
     if found is None:
-        records.write_config(folder, config, description)
+        if processes.is_first:
+            records.write_config(folder, config, description)
         run.event("start", method=method.name, stream=stream.name)
         return run
     for path, reason in found.refused:
@@ -144,6 +159,39 @@ def _begin(mllm: MLLM, method: Method, stream: Stream, config: TrainConfig, fold
         _restore_rng(run)
     run.event("resume", from_checkpoint=found.path.name, **asdict(run.position))
     return run
+
+
+def _newest_checkpoint(run: Run) -> Loaded | None:
+    """What to go on from, the same in every process; the first one looks."""
+    folder, found = run.folder / "checkpoints", None
+    if run.processes.is_first:
+        records.check_processes(run)
+        found = latest_checkpoint(folder, config_sha256=run.digest)
+    name = run.processes.broadcast(None if found is None else found.path.name)
+    if name is None or run.processes.is_first:
+        return found
+    return read_checkpoint(folder / name, config_sha256=run.digest)
+
+
+def _settle(run: Run) -> None:
+    """After a hook that computes alike everywhere: where rounding made processes differ, the first one is right.
+
+    Frozen image features are encoded in the batches in which a process meets the images, so they may differ in their
+    last bits, and with them what is made of a whole training set.
+    """
+    processes, method = run.processes, run.method
+    if processes.size == 1:
+        return
+    model, state, values = records.saved_parameters(run), method.state_tensors(), method.state_values()
+    tensors = {**model, **{f"method/{name}": value for name, value in state.items()}}
+    processes.check_same({name: [*value.shape] for name, value in tensors.items()}, "shapes")
+    different, held = processes.different(tensors), processes.gather(values)
+    if not different and all(one == held[0] for one in held):
+        return
+    state = {name: value.detach().clone() for name, value in state.items()}
+    taken = {**model, **{f"method/{name}": value for name, value in state.items()}}
+    processes.spread({name: taken[name] for name in different})
+    method.load_state(state, held[0])
 
 
 def _restore_rng(run: Run) -> None:
@@ -178,6 +226,9 @@ def _checkpoint(run: Run, pin: bool = False) -> None:
     names = {parameter: name for name, parameter in run.mllm.trained_parameters().items()}
     moments, slots = ({}, None) if run.optimizer is None else optimizer_tensors(run.optimizer, names)
     run.position.checkpoint += 1
+    if not run.processes.is_first:
+        run.processes.wait()
+        return
     tensors = {
         "model": records.saved_parameters(run),
         "method": run.method.state_tensors(),
@@ -199,6 +250,7 @@ def _checkpoint(run: Run, pin: bool = False) -> None:
     run.event(
         "checkpoint", checkpoint=run.position.checkpoint, stage=run.position.stage, total_steps=run.position.total
     )
+    run.processes.wait()
 
 
 def _advance(run: Run, pin: bool = False, **changes) -> None:
@@ -215,6 +267,7 @@ def _learn(run: Run) -> None:
     if run.pending is not None:
         # the hook may have started anew what the checkpoint holds
         _restore_model(run)
+    _settle(run)
     if position.stage == "task_start":
         run.event("task_start", task=task.name, index=position.task)
         position.stage = "train"
@@ -228,6 +281,7 @@ def _learn(run: Run) -> None:
     _restore_rng(run)
     if position.stage == "task_end":
         method.on_task_end(task)
+        _settle(run)
         records.write_adapters(run, task)
         run.event("task_end", task=task.name, index=position.task)
         _advance(run, stage="evaluate", pin=True)
@@ -242,6 +296,7 @@ def _run_phase(run: Run, task: Task, phase: Phase) -> None:
     method.on_phase_start(task, phase)
     if run.pending is not None:
         _restore_model(run)
+    _settle(run)
     order = _order(run, phase)
     trainable = run.mllm.trained_parameters()
     if not trainable:
@@ -257,7 +312,7 @@ def _run_phase(run: Run, task: Task, phase: Phase) -> None:
         _restore_rng(run)
     run.mllm.train()
     label = f"{position.task + 1}/{len(run.stream.tasks)} {task.name} {phase.name}"
-    with Progress(config.progress, label, len(order), position.step) as progress:
+    with Progress(run.progress, label, len(order), position.step) as progress:
         while position.step < len(order):
             began = time.perf_counter()
             loss = _step(run, phase, order, watch)
@@ -269,16 +324,20 @@ def _run_phase(run: Run, task: Task, phase: Phase) -> None:
             progress.advance(loss=run.results["last_loss"])
             if position.step % config.save_steps == 0 and position.step < len(order):
                 _checkpoint(run)
+    state = {**trainable, "random numbers": torch.get_rng_state()}
+    run.processes.check_alike(state, f"after phase {phase.name} of task {task.name}")
     if position.task == len(run.stream.tasks) - 1:
-        records.note_mixing_share(run, [phase.samples[place] for place in order[0][0]])
+        places, _ = run.processes.share(order[0][0])
+        records.note_mixing_share(run, [phase.samples[place] for place in places])
     run.mllm.eval()
 
 
 def _order(run: Run, phase: Phase) -> list[list[list[int]]]:
-    """For each optimizer step its micro batches, each a list of positions in the phase's samples."""
+    """For each optimizer step its micro batches, of all processes, each a list of positions in the phase's samples."""
     config, position = run.config, run.position
     epochs = config.num_train_epochs if phase.epochs is None else phase.epochs
-    size, accumulate = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    size = config.per_device_train_batch_size * run.processes.size
+    accumulate = config.gradient_accumulation_steps
     wanted = max(1, round(epochs * len(phase.samples)))
     places: list[int] = []
     epoch = 0
@@ -333,7 +392,8 @@ def _set_rates(run: Run, phase: Phase, total: int) -> None:
 
 def _step(run: Run, phase: Phase, order: Sequence, watch: Watch | None) -> torch.Tensor:
     """One optimizer step; the loss stays on the device."""
-    mllm, method, optimizer = run.mllm, run.method, run.optimizer
+    mllm, method, optimizer, processes = run.mllm, run.method, run.optimizer, run.processes
+    processes.begin_step(run.position.total)
     batches = order[run.position.step]
     method.progress = run.position.step / max(1, len(order) - 1)
     _set_rates(run, phase, len(order))
@@ -341,14 +401,17 @@ def _step(run: Run, phase: Phase, order: Sequence, watch: Watch | None) -> torch
     count = sum(len(batch) for batch in batches)
     on_host = mllm.device.type == "cpu"
     for places in batches:
-        samples = [phase.samples[place] for place in places]
+        own, fraction = processes.share(places)
+        samples = [phase.samples[place] for place in own]
         batch = mllm.collate(samples, with_answers=True)
-        with method.before_forward(samples), _autocast(run):
-            loss = method.loss(batch, method.answer_loss(batch)) * (len(samples) / count)
+        share = processes.weigh(len(places), fraction, len(batch.answer_labels)) * len(places) / count
+        with processes.own_draws(), method.before_forward(samples), _autocast(run):
+            loss = method.loss(batch, method.answer_loss(batch)) * share
             if on_host:
                 check_finite(loss.detach(), "the loss", run.position.total, run.task.name, batch.sample_ids)
             loss.backward()
         total += loss.detach()
+    processes.add_gradients([param for group in optimizer.param_groups for param in group["params"]], total)
     method.before_step(optimizer)
     if watch is not None:
         watch.after_backward()
@@ -375,6 +438,6 @@ def _evaluate(run: Run, after: int | None) -> None:
     total = sum(len(task.test) for task in tasks)
     label = "zero-shot evaluation" if after is None else f"evaluation after {run.stream.tasks[after].name}"
     run.mllm.eval()
-    with Progress(config.progress, label, total) as progress, _autocast(run):
+    with Progress(run.progress, label, total) as progress, _autocast(run):
         predictions = records.predict(run, tasks, progress)
     records.note_evaluation(run, after, predictions, time.perf_counter() - began)

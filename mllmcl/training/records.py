@@ -33,6 +33,7 @@ from ..evaluation import (
 )
 from ..files import atomic_write, atomic_write_json
 from ..models.adapter_files import export_expert
+from .checkpoint import CheckpointError
 from .config import TrainConfig
 from .guards import check_finite
 from .rng import capture_rng, restore_rng
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from ..methods import Method, Phase
     from ..models import MLLM
     from ..streams import Sample, Stream, Task
+    from .distributed import Alone
     from .loop import Run
     from .progress import Progress
 
@@ -109,9 +111,31 @@ def _weights(model: torch.nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def describe(mllm: MLLM, method: Method, stream: Stream, config: TrainConfig) -> dict:
+def share_weights(mllm: MLLM, processes: Alone) -> None:
+    """Let all processes begin with the weights of the first, as a fresh projector that each has drawn for itself."""
+    if processes.size > 1 and len(set(processes.gather(_weights(mllm.model)))) > 1:
+        names = {name: [*value.shape] for name, value in mllm.model.named_parameters()}
+        processes.check_same(names, "model")
+        processes.spread({**dict(mllm.model.named_parameters()), **dict(mllm.model.named_buffers())})
+
+
+def check_processes(run: Run) -> None:
+    """Raise CheckpointError where the folder holds a run of another number of processes."""
+    path = run.folder / "config.yaml"
+    if not path.is_file() or not (run.folder / "checkpoints").exists():
+        return
+    held = yaml.safe_load(path.read_text(encoding="utf-8")).get("processes", 1)
+    if held != run.processes.size:
+        raise CheckpointError(
+            f"{run.folder} holds a run of {held} processes, this one has {run.processes.size}, and numbers would "
+            "differ: start it with as many, or take another folder"
+        )
+
+
+def describe(mllm: MLLM, method: Method, stream: Stream, num_processes: int = 1) -> dict:
     """What ran, in values that JSON and YAML hold; part of the digest that a continuation is checked against."""
     return {
+        **({"processes": num_processes} if num_processes > 1 else {}),
         "method": {"name": method.name, "options": options_of(method)},
         "stream": {
             "name": stream.name,
@@ -236,6 +260,7 @@ def predict(run: Run, tasks: Sequence[Task], progress: Progress) -> list[Predict
         max_new_tokens=run.config.max_new_tokens,
         answered=_answered(run) if run.method.isolated else None,
         progress=progress.advance,
+        processes=run.processes,
     )
     return [item if item.expert is None else replace(item, expert=run.method.task_of(item.expert)) for item in found]
 
@@ -256,11 +281,13 @@ def note_evaluation(run: Run, after: int | None, found: list[Prediction], second
     name = None if after is None else names[after]
     # files of rows sort in their order, zero-shot first
     label = "00-zero-shot" if after is None else f"{after + 1:02d}-{name}"
-    write_predictions(run.folder / "predictions" / f"{label}.jsonl", found, after)
+    if run.processes.is_first:
+        write_predictions(run.folder / "predictions" / f"{label}.jsonl", found, after)
     run.results["rows"].append([after, scores])
     run.results["evaluation_seconds"].append(round(seconds, 2))
     run.event("evaluation", after=name, scores=scores, seconds=round(seconds, 2))
-    _matrix(run).save(run.folder / "matrix.json")
+    if run.processes.is_first:
+        _matrix(run).save(run.folder / "matrix.json")
 
 
 def language_text(name: str) -> str:
@@ -307,7 +334,7 @@ def _matrix(run: Run) -> AccuracyMatrix:
 def write_adapters(run: Run, task: Task) -> None:
     """adapters/<task>/: the expert that learned the task, as PEFT reads it; nothing for a method without LoRA."""
     mllm = run.mllm
-    if not mllm.expert_layers or not run.method.exports:
+    if not mllm.expert_layers or not run.method.exports or not run.processes.is_first:
         return
     trained = [place for place, flag in enumerate(mllm.experts.trainable) if flag]
     for expert in trained:
@@ -341,11 +368,22 @@ def saved_parameters(run: Run) -> dict[str, torch.Tensor]:
 
 def finish(run: Run) -> Report:
     """The report of a run that has learned every task."""
+    is_first = run.processes.is_first
+    report = Report(matrix=_matrix(run), metrics=run.processes.broadcast(_metrics(run) if is_first else None))
+    if is_first:
+        write_samples(run)
+        report.save(run.folder)
+    run.event("finish")
+    run.processes.wait()
+    return report
+
+
+def _metrics(run: Run) -> dict:
     results, config = run.results, run.config
     # the first steps of a process warm caches up
     steady = results["step_seconds"][3:] or results["step_seconds"]
     shares, parameters = results["mixing_share"], saved_parameters(run)
-    metrics = {
+    return {
         **compute_metrics(_matrix(run), read_predictions(run.folder), seed=config.seed),
         "language_perplexity": [value for _, value in results["language"]] or None,
         "seconds_per_step": round(statistics.median(steady), 4) if steady else None,
@@ -356,6 +394,7 @@ def finish(run: Run) -> Report:
         "trainable_parameters": sum(value.numel() for value in parameters.values()),
         "stored_bytes": sum(value.nbytes for value in (*parameters.values(), *run.method.state_tensors().values())),
         "threads": torch.get_num_threads(),
+        **({"processes": run.processes.size} if run.processes.size > 1 else {}),
         "eval_batch_size": config.eval_batch_size,
         "dtype": "bfloat16 autocast" if config.bf16 else str(run.mllm.dtype).removeprefix("torch."),
         "seed": config.seed,
@@ -363,8 +402,3 @@ def finish(run: Run) -> Report:
         "versions": versions(),
         "finished": now(),
     }
-    write_samples(run)
-    report = Report(matrix=_matrix(run), metrics=metrics)
-    report.save(run.folder)
-    run.event("finish")
-    return report

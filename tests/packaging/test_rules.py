@@ -14,7 +14,7 @@ KERNELS, PACKAGE = ROOT / "mllmcl_kernels", ROOT / "mllmcl"
 
 #: floors of mllmcl, lowest first; a module may import its own floor and those below
 FLOORS = (
-    ("files", "seeds"),
+    ("files", "processes", "seeds"),
     ("assets",),
     ("streams", "models"),
     ("methods",),

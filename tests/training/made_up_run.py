@@ -2,7 +2,8 @@
 
     python -m tests.training.made_up_run FOLDER METHOD OPTIONS_JSON [FUNCTION COUNT]
 
-The process ends with os._exit(9) at the COUNT-th call of FUNCTION: before it runs ("-") or after it ("+").
+The process ends with os._exit(9) at the COUNT-th call of FUNCTION: before it runs ("-") or after it ("+"). Of
+the processes that torchrun starts, the first one dies.
 """
 
 from __future__ import annotations
@@ -46,12 +47,24 @@ def make_stream(num_train: int = 24, num_test: int = 8) -> Stream:
     return Stream(name="made-up", tasks=tuple(tasks), note="made up for tests")
 
 
-def make_run(folder, method: str = "mr_lora", options: dict | None = None, **config):
-    """Train; the configuration is short and draws dropout."""
+def make_run(
+    folder, method: str = "mr_lora", options: dict | None = None, *, double: bool = False, ends=None, **config
+):
+    """Train; the configuration is short and draws dropout.
+
+    `double`: in float64 from the method's set-up on. `ends`: a file for what may train, as it is in the end.
+    """
     torch.manual_seed(0)
+    made = methods.create(method, **(options or {}))
+    if double:
+        made.setup = lambda mllm, stream, setup=made.setup: (setup(mllm, stream), mllm.model.double())
     defaults = {"num_train_epochs": 2, "save_steps": 2, "progress": "off", "learning_rate": 1e-2, "max_new_tokens": 3}
     settings = TrainConfig(output_dir=str(folder), **{**defaults, **config})
-    return loop.train(make_composed(), methods.create(method, **(options or {})), make_stream(), settings)
+    mllm = make_composed()
+    report = loop.train(mllm, made, make_stream(), settings)
+    if ends is not None:
+        torch.save(mllm.trainable_state(), ends)
+    return report
 
 
 def die_at(where: str, count: int) -> None:
@@ -76,6 +89,6 @@ def die_at(where: str, count: int) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if len(sys.argv) > 4:
+    if len(sys.argv) > 4 and os.environ.get("RANK", "0") == "0":
         die_at(sys.argv[4], int(sys.argv[5]))
     make_run(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]))
