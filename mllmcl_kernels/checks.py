@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "DTYPE",
     "FLOATS",
     "are_contiguous",
     "are_floating",
+    "differ",
     "dtypes_in",
     "expect",
     "expect_device",
@@ -73,6 +75,11 @@ def shapes_of(tensors: Iterable[Tensor]) -> list[torch.Size]:
 def dtypes_in(*lists: Sequence[Tensor]) -> set[torch.dtype]:
     """The dtypes of all tensors of the lists."""
     return set(_each(DTYPE, chain(*lists)))
+
+
+def differ(get: operator.attrgetter, these: Sequence[Tensor], those: Sequence[Tensor]) -> bool:
+    """Whether an attribute, such as DTYPE, differs between two lists anywhere."""
+    return any(map(operator.ne, _each(get, these), _each(get, those)))
 
 
 def are_contiguous(*lists: Sequence[Tensor]) -> bool:
