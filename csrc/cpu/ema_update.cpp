@@ -260,7 +260,7 @@ std::vector<Item> items_of(const Tensor& table) {
   return items;
 }
 
-// `groups` is int64 [3, n]: of each tensor how its weights are shared, the number of slices and the length of one.
+// `groups` is int64 [3 n]: of each tensor how its weights are shared, then numbers of slices, then lengths of one.
 void ema_update(Tensor table, Tensor groups, int64_t mode, double weight, double factor, std::vector<int64_t> ranks) {
   need(mode >= kConstant && mode <= kPema, "mode must be 0, 1 or 2");
   const Weighing how{static_cast<Mode>(mode), weight, factor};
@@ -268,7 +268,7 @@ void ema_update(Tensor table, Tensor groups, int64_t mode, double weight, double
                                                                                    : items_of<4>(table);
   const size_t count = items.size();
   need(mode == kConstant || (groups.numel() == static_cast<int64_t>(3 * count) && groups.is_contiguous() &&
-                             groups.scalar_type() == Dtype::Long), "groups must be contiguous int64 [3, n]");
+                             groups.scalar_type() == Dtype::Long), "groups must be contiguous int64 [3 n]");
   const int64_t* of = mode == kConstant ? nullptr : static_cast<const int64_t*>(groups.const_data_ptr());
   std::vector<int64_t> group_of;
   for (size_t e = 0; e < ranks.size(); ++e) group_of.insert(group_of.end(), ranks[e], static_cast<int64_t>(e));

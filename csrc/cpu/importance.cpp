@@ -72,7 +72,7 @@ void take_larger(const Streams<2>& s, uint8_t* owners, uint8_t task, bool square
 void importance_update(Tensor table, Tensor owners, int64_t power, bool larger, Tensor count, int64_t task) {
   need(power == 1 || power == 2, "power must be 1 or 2");
   const Lists<2> lists(table);
-  need(owners.numel() == 0 || (owners.numel() == table.size(1) && owners.scalar_type() == Dtype::Long &&
+  need(owners.numel() == 0 || (owners.numel() == static_cast<int64_t>(lists.plans.size()) && owners.scalar_type() == Dtype::Long &&
                                owners.is_contiguous()), "owners must be none or contiguous int64 [n]");
   const int64_t* maps = owners.numel() == 0 ? nullptr : static_cast<const int64_t*>(owners.const_data_ptr());
   const bool squares = power == 2;

@@ -141,34 +141,45 @@ struct Streams {
   }
 };
 
-// The tensors of a call, from a table of int64 [2 N + 6, n] that `list_table` in Python makes and vouches for: of each
-// stream all addresses and all dtypes; then sizes, addresses of masks, kinds, actives, and of row masks the number of
-// slices and the length of one.
+// The tensors of a call, from a table of int64 that `list_table` in Python makes, describes and vouches for.
 template <int N>
 struct Lists {
   std::vector<Plan> plans;
   std::vector<Streams<N>> streams;
 
   explicit Lists(const Tensor& table) {
-    need(table.dim() == 2 && table.size(0) == 2 * N + 6 && table.is_contiguous() && table.scalar_type() == Dtype::Long,
-         "the table must be contiguous int64 [2 N + 6, n]");
-    const int64_t count = table.size(1), *numbers = static_cast<const int64_t*>(table.const_data_ptr());
-    const auto at = [&](int64_t row, int64_t i) { return numbers[row * count + i]; };
+    need(table.is_contiguous() && table.scalar_type() == Dtype::Long && table.numel() >= N + 2,
+         "the table must be contiguous int64 with a head");
+    const int64_t* head = static_cast<const int64_t*>(table.const_data_ptr());
+    const int64_t count = head[0], masked = head[1], *sizes = head + N + 2;
+    const int64_t several = std::count(head + 2, sizes, -1);
+    need(table.numel() == N + 2 + count * (1 + N + several + (masked ? 5 : 0)), "the table must be of its length");
     plans.resize(count);
     streams.resize(count);
-    for (int64_t i = 0; i < count; ++i) {
-      for (int k = 0; k < N; ++k) {
-        streams[i].data[k] = reinterpret_cast<void*>(at(2 * k, i));
-        streams[i].dtype[k] = static_cast<Dtype>(at(2 * k + 1, i));
+    const int64_t* row = sizes;
+    for (int64_t i = 0; i < count; ++i) plans[i].total = row[i];
+    for (int k = 0; k < N; ++k) {
+      row += count;
+      for (int64_t i = 0; i < count; ++i) streams[i].data[k] = reinterpret_cast<void*>(row[i]);
+      const bool one = head[2 + k] >= 0;
+      if (!one) row += count;
+      for (int64_t i = 0; i < count; ++i) {
+        streams[i].dtype[k] = static_cast<Dtype>(one ? head[2 + k] : row[i]);
         need(is_row_dtype(streams[i].dtype[k]), "tensors must be float32, bfloat16 or float16");
       }
+    }
+    if (masked) read_masks(row + count, count);
+  }
+
+ private:
+  void read_masks(const int64_t* rows, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
       Plan& plan = plans[i];
-      plan.total = at(2 * N, i);
-      plan.mask = reinterpret_cast<const uint8_t*>(at(2 * N + 1, i));
-      plan.kind = at(2 * N + 2, i);
-      plan.active = at(2 * N + 3, i);
-      plan.n = at(2 * N + 4, i);
-      plan.inner = at(2 * N + 5, i);
+      plan.mask = reinterpret_cast<const uint8_t*>(rows[i]);
+      plan.kind = rows[count + i];
+      plan.active = rows[2 * count + i];
+      plan.n = rows[3 * count + i];
+      plan.inner = rows[4 * count + i];
       if (plan.kind >= 0) find_runs(plan);
     }
   }

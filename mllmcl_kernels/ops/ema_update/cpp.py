@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import torch
 from torch import Tensor
 from torch.library import Library
@@ -28,7 +30,5 @@ def ema_update_cpp(
     more = {CONSTANT: (), DEMA: (grads, previous_grads), PEMA: (squared_grads,)}[rule]
     read = [list(map(Tensor.contiguous, tensors)) for tensors in (params, *more)]
     table = list_table((averages, *read), masks, kinds, actives)
-    shared = (
-        table.new_empty(0) if rule == CONSTANT else number_table([groups, *zip(*slices(averages, groups), strict=True)])
-    )
-    torch.ops.mllmcl_cpu.ema_update(table, shared, rule, weight, factor, ranks)
+    shared = [] if rule == CONSTANT else [*groups, *chain(*slices(averages, groups))]
+    torch.ops.mllmcl_cpu.ema_update(table, number_table(shared), rule, weight, factor, ranks)

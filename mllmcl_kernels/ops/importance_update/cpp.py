@@ -27,5 +27,5 @@ def importance_update_cpp(importances, grads, owners, masks, kinds, actives, pow
         raise ValueError("mllmcl_cpu: owners must be uint8 of the importances' sizes")
     grads = list(map(Tensor.contiguous, grads))
     table = list_table((importances, grads), masks, kinds, actives)
-    maps = number_table([addresses(owners)])
+    maps = number_table(addresses(owners))
     torch.ops.mllmcl_cpu.importance_update(table, maps, power, larger, count.to(torch.float64), task)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.library import Library
 
-from ...checks import DTYPE, differ, list_reason
+from ...checks import list_reason
 from ...cpu_tables import list_table
 from . import masked_adamw_op
 
@@ -21,12 +21,11 @@ LIBRARY.define(
 
 def _supports(params, grads, exp_avgs, exp_avg_sqs, masks, *_rest) -> str | None:
     written = (params, exp_avgs, exp_avg_sqs)
-    reason = list_reason((*written, grads), "parameters and moments", *written)
-    if reason is None and differ(DTYPE, params, grads):
-        reason = "gradients need the parameter's dtype"
-    if reason is None and differ(DTYPE, exp_avgs, exp_avg_sqs):
-        reason = "both moments need one dtype"
-    return reason
+    pairs = {
+        "gradients need the parameter's dtype": (params, grads),
+        "both moments need one dtype": (exp_avgs, exp_avg_sqs),
+    }
+    return list_reason((*written, grads), "parameters and moments", *written, pairs=pairs)
 
 
 @masked_adamw_op.provider("cpp", supports=_supports)
