@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "DTYPE",
     "FLOATS",
     "are_contiguous",
     "are_floating",
@@ -80,11 +81,21 @@ def are_contiguous(*lists: Sequence[Tensor]) -> bool:
     return all(all(map(Tensor.is_contiguous, tensors)) for tensors in lists)
 
 
-def list_reason(lists: Iterable[Sequence[Tensor]], what: str, *written: Sequence[Tensor]) -> str | None:
-    """Why C++ kernels cannot take these lists: a dtype they do not convert, or `written` ones, `what`, with gaps."""
-    foreign = dtypes_in(*lists) - {torch.float32, torch.bfloat16, torch.float16}
+def list_reason(
+    lists: Iterable[Sequence[Tensor]], what: str, *written: Sequence[Tensor], pairs: dict[str, tuple] | None = None
+) -> str | None:
+    """Why C++ kernels cannot take these lists, or None.
+
+    A dtype they do not convert, `written` lists, `what`, with gaps, or lists of `pairs` whose dtypes differ.
+    """
+    dtypes = dtypes_in(*lists)
+    foreign = dtypes - {torch.float32, torch.bfloat16, torch.float16}
     if foreign:
         return f"computes in float32, got {', '.join(sorted(map(str, foreign)))}"
+    if len(dtypes) > 1 and pairs:
+        for reason, (these, those) in pairs.items():
+            if list(map(DTYPE, these)) != list(map(DTYPE, those)):
+                return reason
     return None if are_contiguous(*written) else f"{what} have to be contiguous"
 
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import numbers
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .checks import expect, expect_tensor
+from .checks import DEVICE, SHAPE, expect, expect_tensor
 
 __all__ = ["ELEMENTS", "NONE", "OWNER", "Mask", "broadcast_mask", "flatten_masks"]
 
 # how a mask tensor is read; a number >= 0 is the dimension whose rows it selects
 NONE, ELEMENTS, OWNER = -3, -2, -1
+TENSOR, KIND, ACTIVE = (operator.attrgetter(name) for name in ("tensor", "kind", "active"))
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,22 @@ def broadcast_mask(tensor: Tensor, kind: int, active: int, dims: int) -> Tensor:
     return (tensor != 0).view(*(-1 if dim == kind else 1 for dim in range(dims)))
 
 
+@functools.lru_cache(maxsize=4096)
+def _fits(shape: torch.Size, mask: torch.Size, kind: int) -> bool:
+    if kind < 0:
+        return mask == shape
+    return kind < len(shape) and tuple(mask) == (shape[kind],)
+
+
+def _all_fit(tensors: Sequence[Tensor], masks: Sequence[Mask | None]) -> bool:
+    """Whether there is a mask for every tensor and each fits; by means of C alone."""
+    if set(map(type, masks)) != {Mask}:
+        return False
+    found = list(map(TENSOR, masks))
+    places = set(map(DEVICE, tensors)) | set(map(DEVICE, found))
+    return len(places) == 1 and all(map(_fits, map(SHAPE, tensors), map(SHAPE, found), map(KIND, masks)))
+
+
 def flatten_masks(
     op: str, tensors: Sequence[Tensor], masks: Sequence[Mask | None] | None
 ) -> tuple[list[Tensor], list[int], list[int]]:
@@ -129,6 +148,8 @@ def flatten_masks(
         return [], [], []
     # one empty tensor stands for every mask that is not there
     nothing = tensors[0].new_empty(0, dtype=torch.uint8)
+    if not torch.compiler.is_compiling() and _all_fit(tensors, masks):
+        return list(map(Tensor.contiguous, map(TENSOR, masks))), list(map(KIND, masks)), list(map(ACTIVE, masks))
     flat, kinds, actives = [nothing] * len(tensors), [NONE] * len(tensors), [0] * len(tensors)
     for index, (tensor, mask) in enumerate(zip(tensors, masks, strict=True)):
         if mask is not None:

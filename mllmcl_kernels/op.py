@@ -90,9 +90,11 @@ def _anything(*_args) -> None:
 def _count_change(changed: Tensor | Sequence[Tensor]) -> None:
     """Let autograd know of a change in place, so that a graph that holds the old values refuses to run."""
     tensors = [changed] if isinstance(changed, Tensor) else changed
-    if any(map(Tensor.is_inference, tensors)):
-        tensors = [tensor for tensor in tensors if not tensor.is_inference()]
-    torch.autograd.graph.increment_version(tensors)
+    try:
+        torch.autograd.graph.increment_version(tensors)
+    except RuntimeError:
+        # inference tensors have no version; counting the others twice does no harm
+        torch.autograd.graph.increment_version([tensor for tensor in tensors if not tensor.is_inference()])
 
 
 def _in_a_row(args: Sequence, lengths: dict[int, int]) -> list:

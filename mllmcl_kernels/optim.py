@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import operator
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -13,6 +15,14 @@ from .masks import Mask, flatten_masks
 from .ops.masked_adamw import masked_adamw_op
 
 __all__ = ["MaskedAdamW"]
+
+GRAD = operator.attrgetter("grad")
+STEP, EXP_AVG, EXP_AVG_SQ = map(operator.itemgetter, ("step", "exp_avg", "exp_avg_sq"))
+
+
+def _same(these: Collection, those: Collection) -> bool:
+    """Whether both hold the very same objects."""
+    return len(these) == len(those) and all(map(operator.is_, these, those))
 
 
 @dataclass
@@ -29,10 +39,10 @@ class _Cohort:
     count: float
     masks: tuple[list, list, list]
 
-    def holds(self, state: dict) -> bool:
-        """Whether the state is still the optimizer's own and stands where it is thought to stand."""
-        same = all(state.get(param) is own for param, own in zip(self.params, self.states, strict=True))
-        return same and all(own["step"] is self.step for own in self.states) and float(self.step) == self.count
+    def stands(self) -> bool:
+        """Whether its states stand where they are thought to stand."""
+        together = all(map(operator.is_, map(STEP, self.states), repeat(self.step)))
+        return together and float(self.step) == self.count
 
 
 class MaskedAdamW(torch.optim.Optimizer):
@@ -80,6 +90,8 @@ class MaskedAdamW(torch.optim.Optimizer):
         self._masks: dict[Tensor, Mask] = {}
         #: by number of the group: its parameters with a gradient at the last step, and their cohorts
         self._known: dict[int, tuple[list[Tensor], list[_Cohort]]] = {}
+        #: keys and values of the state at the last step
+        self._states: tuple[list, list] = ([], [])
         #: global norm of the masked gradients at the last step, a 0-dim tensor on the device, float32 or better
         self.grad_norm: Tensor | None = None
 
@@ -150,9 +162,12 @@ class MaskedAdamW(torch.optim.Optimizer):
         if self._only_initialises():
             return loss
         scale = expect_number("MaskedAdamW", "grad_scale", self._scale())
+        # what is known counts while the states are the very ones that it was learnt from
+        if not (_same(self.state.keys(), self._states[0]) and _same(self.state.values(), self._states[1])):
+            self._known.clear()
         for number, group in enumerate(self.param_groups):
-            params, grads = group["params"], [param.grad for param in group["params"]]
-            if any(grad is None for grad in grads):
+            params, grads = group["params"], list(map(GRAD, group["params"]))
+            if any(map(operator.is_, grads, repeat(None))):
                 params = [param for param, grad in zip(params, grads, strict=True) if grad is not None]
                 grads = [grad for grad in grads if grad is not None]
             lr = expect_number("MaskedAdamW", "lr", group["lr"], ">= 0", 0)
@@ -164,8 +179,8 @@ class MaskedAdamW(torch.optim.Optimizer):
                 masked_adamw_op(
                     cohort.params,
                     [grads[place] for place in cohort.places],
-                    [state["exp_avg"] for state in cohort.states],
-                    [state["exp_avg_sq"] for state in cohort.states],
+                    list(map(EXP_AVG, cohort.states)),
+                    list(map(EXP_AVG_SQ, cohort.states)),
                     *cohort.masks,
                     torch.tensor(cohort.count, dtype=torch.float64),
                     lr,
@@ -180,13 +195,13 @@ class MaskedAdamW(torch.optim.Optimizer):
     def _cohorts(self, number: int, params: list[Tensor]) -> list[_Cohort]:
         """The parameters that have a gradient, by the step they stand at: those that joined later are behind."""
         before, cohorts = self._known.get(number, ([], []))
-        same = len(before) == len(params) and all(old is new for old, new in zip(before, params, strict=True))
-        if not same or not all(cohort.holds(self.state) for cohort in cohorts):
+        if not _same(before, params) or not all(cohort.stands() for cohort in cohorts):
             by_step: dict[float, list[int]] = {}
             for place, param in enumerate(params):
                 by_step.setdefault(float(self._moments(param)["step"]), []).append(place)
             cohorts = [self._cohort(params, places, count) for count, places in by_step.items()]
             self._known[number] = list(params), cohorts
+            self._states = list(self.state.keys()), list(self.state.values())
         return cohorts
 
     def _cohort(self, params: list[Tensor], places: list[int], count: float) -> _Cohort:

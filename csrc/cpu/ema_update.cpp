@@ -33,6 +33,12 @@ MLLMCL_CLONES void lerp(float* __restrict__ a, const float* __restrict__ p, floa
     for (int64_t i = block * stride; i < block * stride + count; ++i) a[i] += w * (p[i] - a[i]);
 }
 
+// the same where `keep` is `want`; the other numbers keep their bits
+MLLMCL_CLONES void lerp_where(float* __restrict__ a, const float* __restrict__ p, float w,
+                              const uint8_t* __restrict__ keep, uint8_t want, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) a[i] = keep[i] == want ? a[i] + w * (p[i] - a[i]) : a[i];
+}
+
 MLLMCL_CLONES void lerp_each(float* __restrict__ a, const float* __restrict__ p, const float* __restrict__ w,
                              int64_t count) {
   for (int64_t i = 0; i < count; ++i) a[i] += w[i] * (p[i] - a[i]);
@@ -204,6 +210,10 @@ void apply(const Item& item, const Unit& unit, const Weighing& how) {
                  lerp_pema(x[0] + at, x[1] + at, x[2] + at, item.mean_moved, item.mean_square, weight, length);
                });
              });
+  } else if (item.n == 1 && blends_in_place(first<2>(item.streams), item.plan)) {
+    float* average = static_cast<float*>(item.streams.data[0]) + unit.from;
+    const float* param = static_cast<const float*>(item.streams.data[1]) + unit.from;
+    lerp_where(average, param, item.weights[0], item.plan.mask + unit.from, item.plan.want(), unit.to - unit.from);
   } else if (item.n == 1) {
     visit<1>(first<2>(item.streams), item.plan, unit.from, unit.to,
              [&](float* const* x, int64_t, int64_t length, int64_t stride, int64_t blocks) {
@@ -224,51 +234,60 @@ void apply(const Item& item, const Unit& unit, const Weighing& how) {
   }
 }
 
-void set_groups(Item& item, const Tensor& tensor, int64_t group, const std::vector<int64_t>& group_of) {
+void set_groups(Item& item, int64_t group, int64_t n, int64_t inner, const std::vector<int64_t>& group_of) {
   item.each = group == kElements;
   item.inner = std::max<int64_t>(item.plan.total, 1);
   if (group < 0) return;
-  need(group < tensor.dim(), "groups must fit a dimension");
-  item.n = tensor.size(group);
-  item.inner = 1;
-  for (int64_t d = group + 1; d < tensor.dim(); ++d) item.inner *= tensor.size(d);
+  item.n = n;
+  item.inner = inner;
   if (group_of.empty()) return;
   need(static_cast<int64_t>(group_of.size()) == item.n, "ranks must sum up to the dimension");
   item.group_of = &group_of;
 }
 
-void ema_update(std::vector<Tensor> averages, std::vector<Tensor> params, std::vector<Tensor> grads,
-                std::vector<Tensor> previous_grads, std::vector<Tensor> squared_grads, std::vector<Tensor> masks,
-                std::vector<int64_t> kinds, std::vector<int64_t> actives, int64_t mode, double weight, double factor,
-                std::vector<int64_t> groups, std::vector<int64_t> ranks) {
-  const size_t count = averages.size();
+// Of a table of averages, parameters and what the mode reads besides, streams of four: the last one may repeat.
+template <int N>
+std::vector<Item> items_of(const Tensor& table) {
+  const Lists<N> lists(table);
+  std::vector<Item> items(lists.plans.size());
+  for (size_t i = 0; i < items.size(); ++i) {
+    items[i].plan = lists.plans[i];
+    for (int k = 0; k < 4; ++k) {
+      items[i].streams.data[k] = lists.streams[i].data[std::min(k, N - 1)];
+      items[i].streams.dtype[k] = lists.streams[i].dtype[std::min(k, N - 1)];
+    }
+  }
+  return items;
+}
+
+// `groups` is int64 [3 n]: of each tensor how its weights are shared, then numbers of slices, then lengths of one.
+void ema_update(Tensor table, Tensor groups, int64_t mode, double weight, double factor, std::vector<int64_t> ranks) {
   need(mode >= kConstant && mode <= kPema, "mode must be 0, 1 or 2");
   const Weighing how{static_cast<Mode>(mode), weight, factor};
-  // the last two streams are not looked at where the mode does not need them
-  const auto& third = mode == kDema ? grads : mode == kPema ? squared_grads : params;
-  const auto& fourth = mode == kDema ? previous_grads : third;
-  need(params.size() == count && third.size() == count && fourth.size() == count && masks.size() == count &&
-           kinds.size() == count && actives.size() == count && groups.size() == count, "lists must be equally long");
+  std::vector<Item> items = mode == kConstant ? items_of<2>(table) : mode == kPema ? items_of<3>(table)
+                                                                                   : items_of<4>(table);
+  const size_t count = items.size();
+  need(mode == kConstant || (groups.numel() == static_cast<int64_t>(3 * count) && groups.is_contiguous() &&
+                             groups.scalar_type() == Dtype::Long), "groups must be contiguous int64 [3 n]");
+  const int64_t* of = mode == kConstant ? nullptr : static_cast<const int64_t*>(groups.const_data_ptr());
   std::vector<int64_t> group_of;
   for (size_t e = 0; e < ranks.size(); ++e) group_of.insert(group_of.end(), ranks[e], static_cast<int64_t>(e));
 
-  std::vector<Item> items(count);
-  std::vector<Plan> plans;
-  std::vector<Unit> whole, parts;
+  std::vector<Unit> work, whole, parts;
   for (size_t i = 0; i < count; ++i) {
-    items[i].plan = make_plan(averages[i], masks[i], kinds[i], actives[i]);
-    items[i].streams = streams_of(averages[i], params[i], third[i], fourth[i]);
-    set_groups(items[i], averages[i], mode == kConstant ? kNone : groups[i], group_of);
+    if (of) set_groups(items[i], of[i], of[count + i], of[2 * count + i], group_of);
     items[i].weights.assign(1, static_cast<float>(weight));
-    plans.push_back(items[i].plan);
+    add_units(static_cast<int64_t>(i), items[i].plan, work);
   }
   // where nothing is summed up, or what is summed up stays in the cache, a tensor is done in one go
   const auto has_sums = [&](const Item& item) { return mode != kConstant && !(item.each && mode == kDema); };
-  for (const Unit& unit : units(plans)) {
+  int64_t last = -1;
+  for (const Unit& unit : work) {
     const Item& item = items[unit.tensor];
     if (!has_sums(item)) whole.push_back(unit);
     else if (item.plan.total > kWhole) parts.push_back(unit);
-    else if (unit.from == 0) whole.push_back({unit.tensor, 0, item.plan.total});
+    else if (unit.tensor != last) whole.push_back({unit.tensor, 0, item.plan.total});
+    last = unit.tensor;
   }
   for_each_unit(whole, [&](const Unit& unit) {
     Item& item = items[unit.tensor];

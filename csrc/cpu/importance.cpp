@@ -68,28 +68,13 @@ void take_larger(const Streams<2>& s, uint8_t* owners, uint8_t task, bool square
   }
 }
 
-struct Lists {
-  std::vector<Plan> plans;
-  std::vector<Streams<2>> streams;
-  std::vector<uint8_t*> owners;
-};
-
-void importance_update(std::vector<Tensor> importances, std::vector<Tensor> grads, std::vector<Tensor> owners,
-                       std::vector<Tensor> masks, std::vector<int64_t> kinds, std::vector<int64_t> actives,
-                       int64_t power, bool larger, Tensor count, int64_t task) {
-  const size_t tensors = importances.size();
-  need(grads.size() == tensors && masks.size() == tensors && kinds.size() == tensors && actives.size() == tensors &&
-           (owners.empty() || owners.size() == tensors), "lists must be equally long");
+// `owners` holds addresses of uint8 maps of the tensors' sizes; it is empty where there are none.
+void importance_update(Tensor table, Tensor owners, int64_t power, bool larger, Tensor count, int64_t task) {
   need(power == 1 || power == 2, "power must be 1 or 2");
-  Lists lists;
-  for (size_t i = 0; i < tensors; ++i) {
-    lists.plans.push_back(make_plan(importances[i], masks[i], kinds[i], actives[i]));
-    lists.streams.push_back(streams_of(importances[i], grads[i]));
-    if (owners.empty()) continue;
-    need(owners[i].is_contiguous() && owners[i].scalar_type() == Dtype::Byte &&
-             owners[i].numel() == importances[i].numel(), "owners must be contiguous uint8 of the tensor's size");
-    lists.owners.push_back(static_cast<uint8_t*>(owners[i].mutable_data_ptr()));
-  }
+  const Lists<2> lists(table);
+  need(owners.numel() == 0 || (owners.numel() == static_cast<int64_t>(lists.plans.size()) && owners.scalar_type() == Dtype::Long &&
+                               owners.is_contiguous()), "owners must be none or contiguous int64 [n]");
+  const int64_t* maps = owners.numel() == 0 ? nullptr : static_cast<const int64_t*>(owners.const_data_ptr());
   const bool squares = power == 2;
   const float share = static_cast<float>(1.0 / number(count));
   for_each_unit(units(lists.plans), [&](const Unit& unit) {
@@ -102,7 +87,7 @@ void importance_update(std::vector<Tensor> importances, std::vector<Tensor> grad
                });
       return;
     }
-    uint8_t* map = lists.owners.empty() ? nullptr : lists.owners[unit.tensor];
+    uint8_t* map = maps ? reinterpret_cast<uint8_t*>(maps[unit.tensor]) : nullptr;
     const auto take = [&](int64_t begin, int64_t end) {
       take_larger(s, map, static_cast<uint8_t>(task), squares, plan, begin, end);
     };
@@ -111,21 +96,11 @@ void importance_update(std::vector<Tensor> importances, std::vector<Tensor> grad
   });
 }
 
-void anchor_grad(std::vector<Tensor> grads, std::vector<Tensor> params, std::vector<Tensor> anchors,
-                 std::vector<Tensor> importances, std::vector<Tensor> masks, std::vector<int64_t> kinds,
-                 std::vector<int64_t> actives, Tensor strength) {
-  const size_t tensors = grads.size();
-  need(params.size() == tensors && anchors.size() == tensors && importances.size() == tensors &&
-           masks.size() == tensors && kinds.size() == tensors && actives.size() == tensors, "lists must be equally long");
+void anchor_grad(Tensor table, Tensor strength) {
   const float factor = static_cast<float>(number(strength));
-  std::vector<Plan> plans;
-  std::vector<Streams<4>> streams;
-  for (size_t i = 0; i < tensors; ++i) {
-    plans.push_back(make_plan(grads[i], masks[i], kinds[i], actives[i]));
-    streams.push_back(streams_of(grads[i], params[i], anchors[i], importances[i]));
-  }
-  for_each_unit(units(plans), [&](const Unit& unit) {
-    visit<1>(streams[unit.tensor], plans[unit.tensor], unit.from, unit.to,
+  const Lists<4> lists(table);
+  for_each_unit(units(lists.plans), [&](const Unit& unit) {
+    visit<1>(lists.streams[unit.tensor], lists.plans[unit.tensor], unit.from, unit.to,
              [&](float* const* x, int64_t, int64_t length, int64_t stride, int64_t blocks) {
                anchor_span(x[0], x[1], x[2], x[3], factor, length, stride, blocks);
              });

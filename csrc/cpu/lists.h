@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <utility>
 
 #include "../checks.h"
@@ -23,31 +24,15 @@ struct Plan {
 
   bool by_element() const { return kind == kElements || kind == kOwner; }
   uint8_t want() const { return kind == kOwner ? static_cast<uint8_t>(active) : 1; }
-  bool frozen() const { return kind >= 0 && runs.empty(); }
 };
 
-inline Plan make_plan(const Tensor& tensor, const Tensor& mask, int64_t kind, int64_t active) {
-  Plan plan;
-  plan.total = tensor.numel();
-  plan.kind = kind;
-  plan.active = active;
-  need(tensor.is_contiguous(), "tensors must be contiguous");
-  if (kind == kNone) return plan;
-  need(mask.is_contiguous() && mask.scalar_type() == Dtype::Byte, "masks must be contiguous uint8");
-  plan.mask = static_cast<const uint8_t*>(mask.const_data_ptr());
-  if (plan.by_element()) {
-    need(mask.numel() == plan.total, "a mask must have the tensor's size");
-    return plan;
-  }
-  need(kind >= 0 && kind < tensor.dim() && mask.numel() == tensor.size(kind), "a row mask must fit its dimension");
-  plan.n = tensor.size(kind);
-  for (int64_t d = kind + 1; d < tensor.dim(); ++d) plan.inner *= tensor.size(d);
+// Finds the consecutive slices of a row mask.
+inline void find_runs(Plan& plan) {
   for (int64_t row = 0; row < plan.n; ++row) {
     if (!plan.mask[row]) continue;
     if (!plan.runs.empty() && plan.runs.back().second == row) plan.runs.back().second = row + 1;
     else plan.runs.emplace_back(row, row + 1);
   }
-  return plan;
 }
 
 // Calls visit(begin, end) for every stretch of [from, to) that a row mask lets through.
@@ -68,33 +53,56 @@ void for_each_run(const Plan& plan, int64_t from, int64_t to, const Visit& visit
   }
 }
 
-// Numbers of one unit of work: whole blocks where several fit.
-inline int64_t chunk_of(const Plan& plan) {
-  const int64_t block = plan.n * plan.inner;
-  return plan.kind >= 0 && block > 0 && block <= kChunk ? kChunk / block * block : kChunk;
-}
-
 // A part of one tensor, which one thread works on at a time.
 struct Unit {
   int64_t tensor, from, to;
 };
 
+// Units of one tensor that hold about kChunk numbers that may change, and begin with such a number where the mask is
+// one of rows and its blocks are large: what is frozen costs no unit.
+inline void add_units(int64_t tensor, const Plan& plan, std::vector<Unit>& found) {
+  const auto cut = [&](int64_t step) {
+    for (int64_t at = 0; at < plan.total; at += step) found.push_back({tensor, at, std::min(at + step, plan.total)});
+  };
+  if (plan.kind < 0) return cut(kChunk);
+  int64_t rows = 0;
+  for (const auto& run : plan.runs) rows += run.second - run.first;
+  const int64_t block = plan.n * plan.inner, active = rows * plan.inner;
+  if (active == 0) return;
+  if (block <= kChunk) return cut(std::max<int64_t>(1, kChunk / active) * block);
+  for (int64_t base = 0; base < plan.total; base += block) {
+    int64_t from = 0, at = 0, taken = 0;
+    for (const auto& run : plan.runs) {
+      const int64_t end = base + run.second * plan.inner;
+      for (at = base + run.first * plan.inner; at < end;) {
+        if (taken == 0) from = at;
+        const int64_t step = std::min(end - at, kChunk - taken);
+        at += step;
+        taken += step;
+        if (taken < kChunk) continue;
+        found.push_back({tensor, from, at});
+        taken = 0;
+      }
+    }
+    if (taken > 0) found.push_back({tensor, from, at});
+  }
+}
+
 // Units of all tensors; those without a number that may change have none.
 inline std::vector<Unit> units(const std::vector<Plan>& plans) {
   std::vector<Unit> found;
-  for (size_t i = 0; i < plans.size(); ++i) {
-    if (plans[i].frozen()) continue;
-    const int64_t chunk = chunk_of(plans[i]);
-    for (int64_t at = 0; at < plans[i].total; at += chunk)
-      found.push_back({static_cast<int64_t>(i), at, std::min(at + chunk, plans[i].total)});
-  }
+  for (size_t i = 0; i < plans.size(); ++i) add_units(static_cast<int64_t>(i), plans[i], found);
   return found;
 }
 
+// Runs each unit once. A thread takes the next one when it is done with its last, so that none waits for one that
+// began late or runs slowly.
 template <class Work>
 void for_each_unit(const std::vector<Unit>& work, const Work& run) {
-  torch::stable::parallel_for(0, static_cast<int64_t>(work.size()), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t unit = begin; unit < end; ++unit) run(work[unit]);
+  const int64_t count = static_cast<int64_t>(work.size());
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, count, 1, [&](int64_t, int64_t) {
+    for (int64_t unit = next++; unit < count; unit = next++) run(work[unit]);
   });
 }
 
@@ -133,18 +141,49 @@ struct Streams {
   }
 };
 
-// Tensors as streams; all must be contiguous, of one size and of a dtype that the kernels convert.
-template <class... Tensors>
-Streams<sizeof...(Tensors)> streams_of(const Tensors&... tensors) {
-  constexpr int count = sizeof...(Tensors);
-  const std::array<const Tensor*, count> all{&tensors...};
-  for (const Tensor* tensor : all) {
-    need(tensor->is_contiguous() && tensor->numel() == all[0]->numel(), "tensors must be contiguous and alike");
-    need(is_row_dtype(tensor->scalar_type()), "tensors must be float32, bfloat16 or float16");
+// The tensors of a call, from a table of int64 that `list_table` in Python makes, describes and vouches for.
+template <int N>
+struct Lists {
+  std::vector<Plan> plans;
+  std::vector<Streams<N>> streams;
+
+  explicit Lists(const Tensor& table) {
+    need(table.is_contiguous() && table.scalar_type() == Dtype::Long && table.numel() >= N + 2,
+         "the table must be contiguous int64 with a head");
+    const int64_t* head = static_cast<const int64_t*>(table.const_data_ptr());
+    const int64_t count = head[0], masked = head[1], *sizes = head + N + 2;
+    const int64_t several = std::count(head + 2, sizes, -1);
+    need(table.numel() == N + 2 + count * (1 + N + several + (masked ? 5 : 0)), "the table must be of its length");
+    plans.resize(count);
+    streams.resize(count);
+    const int64_t* row = sizes;
+    for (int64_t i = 0; i < count; ++i) plans[i].total = row[i];
+    for (int k = 0; k < N; ++k) {
+      row += count;
+      for (int64_t i = 0; i < count; ++i) streams[i].data[k] = reinterpret_cast<void*>(row[i]);
+      const bool one = head[2 + k] >= 0;
+      if (!one) row += count;
+      for (int64_t i = 0; i < count; ++i) {
+        streams[i].dtype[k] = static_cast<Dtype>(one ? head[2 + k] : row[i]);
+        need(is_row_dtype(streams[i].dtype[k]), "tensors must be float32, bfloat16 or float16");
+      }
+    }
+    if (masked) read_masks(row + count, count);
   }
-  // what is only read is never written through these
-  return {{const_cast<void*>(tensors.const_data_ptr())...}, {tensors.scalar_type()...}};
-}
+
+ private:
+  void read_masks(const int64_t* rows, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+      Plan& plan = plans[i];
+      plan.mask = reinterpret_cast<const uint8_t*>(rows[i]);
+      plan.kind = rows[count + i];
+      plan.active = rows[2 * count + i];
+      plan.n = rows[3 * count + i];
+      plan.inner = rows[4 * count + i];
+      if (plan.kind >= 0) find_runs(plan);
+    }
+  }
+};
 
 // [begin, end) of one tensor, tile by tile where numbers have to be converted or put back
 template <int W, int N, class Span>
@@ -164,6 +203,12 @@ void visit_run(const Streams<N>& s, const Plan& plan, int64_t begin, int64_t end
       if (x[k] == buffers[k])
         store_tile(s.data[k], s.dtype[k], at, count, buffers[k], blends ? plan.mask + at : nullptr, plan.want());
   }
+}
+
+// Whether an element mask can be applied where the numbers lie: float32 alone.
+template <int N>
+bool blends_in_place(const Streams<N>& s, const Plan& plan) {
+  return plan.by_element() && s.plain();
 }
 
 // Calls span(x, at, count, stride, blocks) for everything of a unit that the mask lets change: `blocks` stretches of

@@ -56,37 +56,45 @@ MLLMCL_CLONES void adam_span(float* __restrict__ p, float* __restrict__ m, float
   }
 }
 
+// the same where `keep` is `want`; the other numbers keep their bits
+MLLMCL_CLONES void adam_where(float* __restrict__ p, float* __restrict__ m, float* __restrict__ v,
+                              const float* __restrict__ g, const uint8_t* __restrict__ keep, uint8_t want,
+                              int64_t count, const Adam& a) {
+  for (int64_t i = 0; i < count; ++i) {
+    float param = p[i], mean = m[i], square = v[i];
+    adam_one(&param, &mean, &square, g + i, a);
+    p[i] = keep[i] == want ? param : p[i];
+    m[i] = keep[i] == want ? mean : m[i];
+    v[i] = keep[i] == want ? square : v[i];
+  }
+}
+
 double number(const Tensor& t) {
   need(t.numel() == 1 && t.scalar_type() == Dtype::Double, "step, lr and grad_scale must be one float64");
   return *static_cast<const double*>(t.const_data_ptr());
 }
 
-void masked_adamw(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> means,
-                  std::vector<Tensor> squares, std::vector<Tensor> masks, std::vector<int64_t> kinds,
-                  std::vector<int64_t> actives, Tensor step, Tensor lr, Tensor grad_scale, double beta1, double beta2,
-                  double eps, double weight_decay) {
-  const size_t count = params.size();
-  need(grads.size() == count && means.size() == count && squares.size() == count && masks.size() == count &&
-           kinds.size() == count && actives.size() == count, "lists must be equally long");
+void masked_adamw(Tensor table, Tensor step, Tensor lr, Tensor grad_scale, double beta1, double beta2, double eps,
+                  double weight_decay) {
   const double t = number(step), rate = number(lr);
   // 1 - beta is taken in double: in float32 it would be off by 5e-5 for 0.999
   const Adam a{static_cast<float>(1.0 - rate * weight_decay), static_cast<float>(beta1),
                static_cast<float>(1.0 - beta1), static_cast<float>(beta2), static_cast<float>(1.0 - beta2),
                static_cast<float>(eps), static_cast<float>(rate / (1.0 - std::pow(beta1, t))),
                static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(beta2, t))), static_cast<float>(number(grad_scale))};
-  std::vector<Plan> plans;
-  std::vector<Streams<4>> streams;
-  for (size_t i = 0; i < count; ++i) {
-    need(grads[i].scalar_type() == params[i].scalar_type(), "gradients must have the parameter's dtype");
-    need(squares[i].scalar_type() == means[i].scalar_type(), "moments must have one dtype");
-    plans.push_back(make_plan(params[i], masks[i], kinds[i], actives[i]));
-    streams.push_back(streams_of(params[i], means[i], squares[i], grads[i]));
-  }
-  for_each_unit(units(plans), [&](const Unit& unit) {
-    visit<3>(streams[unit.tensor], plans[unit.tensor], unit.from, unit.to,
-             [&](float* const* x, int64_t, int64_t length, int64_t stride, int64_t blocks) {
-               adam_span(x[0], x[1], x[2], x[3], length, stride, blocks, a);
-             });
+  const Lists<4> lists(table);
+  for_each_unit(units(lists.plans), [&](const Unit& unit) {
+    const Plan& plan = lists.plans[unit.tensor];
+    const Streams<4>& s = lists.streams[unit.tensor];  // parameter, moments, gradient
+    if (blends_in_place(s, plan)) {
+      float* x[4];
+      for (int k = 0; k < 4; ++k) x[k] = static_cast<float*>(s.data[k]) + unit.from;
+      adam_where(x[0], x[1], x[2], x[3], plan.mask + unit.from, plan.want(), unit.to - unit.from, a);
+      return;
+    }
+    visit<3>(s, plan, unit.from, unit.to, [&](float* const* x, int64_t, int64_t length, int64_t stride, int64_t blocks) {
+      adam_span(x[0], x[1], x[2], x[3], length, stride, blocks, a);
+    });
   });
 }
 
@@ -105,23 +113,18 @@ void clear(char* data, int64_t size, const Plan& plan, int64_t from, int64_t to)
     if (plan.mask[i] != plan.want()) std::memset(data + i * size, 0, size);
 }
 
-void mask_grads(std::vector<Tensor> grads, std::vector<Tensor> masks, std::vector<int64_t> kinds,
-                std::vector<int64_t> actives) {
-  need(masks.size() == grads.size() && kinds.size() == grads.size() && actives.size() == grads.size(),
-       "lists must be equally long");
+void mask_grads(Tensor table) {
+  const Lists<1> lists(table);
   std::vector<Unit> work;
-  std::vector<Plan> plans;
-  for (size_t i = 0; i < grads.size(); ++i) {
-    need(is_row_dtype(grads[i].scalar_type()), "gradients must be float32, bfloat16 or float16");
-    plans.push_back(make_plan(grads[i], masks[i], kinds[i], actives[i]));
-    if (kinds[i] == kNone) continue;
-    for (int64_t at = 0; at < plans[i].total; at += kChunk)
-      work.push_back({static_cast<int64_t>(i), at, std::min(at + kChunk, plans[i].total)});
+  for (size_t i = 0; i < lists.plans.size(); ++i) {
+    if (lists.plans[i].kind == kNone) continue;
+    const int64_t total = lists.plans[i].total;
+    for (int64_t at = 0; at < total; at += kChunk)
+      work.push_back({static_cast<int64_t>(i), at, std::min(at + kChunk, total)});
   }
   for_each_unit(work, [&](const Unit& unit) {
-    Tensor& grad = grads[unit.tensor];
-    clear(static_cast<char*>(grad.mutable_data_ptr()), dtype_size(grad.scalar_type()), plans[unit.tensor], unit.from,
-          unit.to);
+    const Streams<1>& grad = lists.streams[unit.tensor];
+    clear(static_cast<char*>(grad.data[0]), dtype_size(grad.dtype[0]), lists.plans[unit.tensor], unit.from, unit.to);
   });
 }
 

@@ -7,15 +7,13 @@ from torch import Tensor
 from torch.library import Library
 
 from ...checks import list_reason
+from ...cpu_tables import list_table
 from . import anchor_grad_op
 
 __all__: list[str] = []
 
 LIBRARY = Library("mllmcl_cpu", "FRAGMENT")
-LIBRARY.define(
-    "anchor_grad(Tensor(a!)[] grads, Tensor[] params, Tensor[] anchors, Tensor[] importances, Tensor[] masks, "
-    "int[] kinds, int[] actives, Tensor strength) -> ()"
-)
+LIBRARY.define("anchor_grad(Tensor table, Tensor strength) -> ()")
 
 
 def _supports(grads, params, anchors, importances, *_rest) -> str | None:
@@ -24,5 +22,6 @@ def _supports(grads, params, anchors, importances, *_rest) -> str | None:
 
 @anchor_grad_op.provider("cpp", supports=_supports)
 def anchor_grad_cpp(grads, params, anchors, importances, masks, kinds, actives, strength):
-    read = (list(map(Tensor.contiguous, tensors)) for tensors in (params, anchors, importances))
-    torch.ops.mllmcl_cpu.anchor_grad(grads, *read, masks, kinds, actives, strength.to(torch.float64))
+    read = [list(map(Tensor.contiguous, tensors)) for tensors in (params, anchors, importances)]
+    table = list_table((grads, *read), masks, kinds, actives)
+    torch.ops.mllmcl_cpu.anchor_grad(table, strength.to(torch.float64))

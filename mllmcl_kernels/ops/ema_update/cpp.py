@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import torch
 from torch import Tensor
 from torch.library import Library
 
 from ...checks import list_reason
+from ...cpu_tables import list_table, number_table, slices
 from . import ema_update_op
+from .reference import CONSTANT, DEMA, PEMA
 
 __all__: list[str] = []
 
 LIBRARY = Library("mllmcl_cpu", "FRAGMENT")
-LIBRARY.define(
-    "ema_update(Tensor(a!)[] averages, Tensor[] params, Tensor[] grads, Tensor[] previous_grads, "
-    "Tensor[] squared_grads, Tensor[] masks, int[] kinds, int[] actives, int rule, float weight, float factor, "
-    "int[] groups, int[] ranks) -> ()"
-)
+LIBRARY.define("ema_update(Tensor table, Tensor groups, int rule, float weight, float factor, int[] ranks) -> ()")
 
 
 def _supports(averages, params, grads, previous_grads, squared_grads, *_rest) -> str | None:
@@ -24,6 +24,11 @@ def _supports(averages, params, grads, previous_grads, squared_grads, *_rest) ->
 
 
 @ema_update_op.provider("cpp", supports=_supports)
-def ema_update_cpp(averages, params, grads, previous_grads, squared_grads, *options):
-    read = (list(map(Tensor.contiguous, tensors)) for tensors in (params, grads, previous_grads, squared_grads))
-    torch.ops.mllmcl_cpu.ema_update(averages, *read, *options)
+def ema_update_cpp(
+    averages, params, grads, previous_grads, squared_grads, masks, kinds, actives, rule, weight, factor, groups, ranks
+):
+    more = {CONSTANT: (), DEMA: (grads, previous_grads), PEMA: (squared_grads,)}[rule]
+    read = [list(map(Tensor.contiguous, tensors)) for tensors in (params, *more)]
+    table = list_table((averages, *read), masks, kinds, actives)
+    shared = [] if rule == CONSTANT else [*groups, *chain(*slices(averages, groups))]
+    torch.ops.mllmcl_cpu.ema_update(table, number_table(shared), rule, weight, factor, ranks)

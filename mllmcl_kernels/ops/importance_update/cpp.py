@@ -6,16 +6,14 @@ import torch
 from torch import Tensor
 from torch.library import Library
 
-from ...checks import list_reason
+from ...checks import dtypes_in, list_reason
+from ...cpu_tables import addresses, list_table, number_table
 from . import importance_update_op
 
 __all__: list[str] = []
 
 LIBRARY = Library("mllmcl_cpu", "FRAGMENT")
-LIBRARY.define(
-    "importance_update(Tensor(a!)[] importances, Tensor[] grads, Tensor(b!)[] owners, Tensor[] masks, int[] kinds, "
-    "int[] actives, int power, bool larger, Tensor count, int task) -> ()"
-)
+LIBRARY.define("importance_update(Tensor table, Tensor owners, int power, bool larger, Tensor count, int task) -> ()")
 
 
 def _supports(importances, grads, owners, *_rest) -> str | None:
@@ -24,5 +22,10 @@ def _supports(importances, grads, owners, *_rest) -> str | None:
 
 @importance_update_op.provider("cpp", supports=_supports)
 def importance_update_cpp(importances, grads, owners, masks, kinds, actives, power, larger, count, task):
-    lists = (importances, list(map(Tensor.contiguous, grads)), owners, masks, kinds, actives)
-    torch.ops.mllmcl_cpu.importance_update(*lists, power, larger, count.to(torch.float64), task)
+    sizes = list(map(Tensor.numel, importances))
+    if owners and not (list(map(Tensor.numel, owners)) == sizes and dtypes_in(owners) == {torch.uint8}):
+        raise ValueError("mllmcl_cpu: owners must be uint8 of the importances' sizes")
+    grads = list(map(Tensor.contiguous, grads))
+    table = list_table((importances, grads), masks, kinds, actives)
+    maps = number_table(addresses(owners))
+    torch.ops.mllmcl_cpu.importance_update(table, maps, power, larger, count.to(torch.float64), task)

@@ -6,12 +6,13 @@ import torch
 from torch.library import Library
 
 from ...checks import list_reason
+from ...cpu_tables import list_table
 from . import mask_grads_op
 
 __all__: list[str] = []
 
 LIBRARY = Library("mllmcl_cpu", "FRAGMENT")
-LIBRARY.define("mask_grads(Tensor(a!)[] grads, Tensor[] masks, int[] kinds, int[] actives) -> ()")
+LIBRARY.define("mask_grads(Tensor table) -> ()")
 
 
 def _supports(grads, masks, *_rest) -> str | None:
@@ -20,4 +21,4 @@ def _supports(grads, masks, *_rest) -> str | None:
 
 @mask_grads_op.provider("cpp", supports=_supports)
 def mask_grads_cpp(grads, masks, kinds, actives):
-    torch.ops.mllmcl_cpu.mask_grads(grads, masks, kinds, actives)
+    torch.ops.mllmcl_cpu.mask_grads(list_table((grads,), masks, kinds, actives))

@@ -7,30 +7,30 @@ from torch import Tensor
 from torch.library import Library
 
 from ...checks import list_reason
+from ...cpu_tables import list_table
 from . import masked_adamw_op
 
 __all__: list[str] = []
 
 LIBRARY = Library("mllmcl_cpu", "FRAGMENT")
 LIBRARY.define(
-    "masked_adamw(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] means, Tensor(c!)[] squares, Tensor[] masks, "
-    "int[] kinds, int[] actives, Tensor step, Tensor lr, Tensor grad_scale, float beta1, float beta2, float eps, "
+    "masked_adamw(Tensor table, Tensor step, Tensor lr, Tensor grad_scale, float beta1, float beta2, float eps, "
     "float weight_decay) -> ()"
 )
 
 
 def _supports(params, grads, exp_avgs, exp_avg_sqs, masks, *_rest) -> str | None:
     written = (params, exp_avgs, exp_avg_sqs)
-    reason = list_reason((*written, grads), "parameters and moments", *written)
-    if reason is None and any(p.dtype != g.dtype for p, g in zip(params, grads, strict=True)):
-        reason = "gradients need the parameter's dtype"
-    if reason is None and any(m.dtype != v.dtype for m, v in zip(exp_avgs, exp_avg_sqs, strict=True)):
-        reason = "both moments need one dtype"
-    return reason
+    pairs = {
+        "gradients need the parameter's dtype": (params, grads),
+        "both moments need one dtype": (exp_avgs, exp_avg_sqs),
+    }
+    return list_reason((*written, grads), "parameters and moments", *written, pairs=pairs)
 
 
 @masked_adamw_op.provider("cpp", supports=_supports)
 def masked_adamw_cpp(params, grads, exp_avgs, exp_avg_sqs, masks, kinds, actives, step, lr, grad_scale, *options):
     numbers = (number.to(torch.float64) for number in (step, lr, grad_scale))
     grads = list(map(Tensor.contiguous, grads))
-    torch.ops.mllmcl_cpu.masked_adamw(params, grads, exp_avgs, exp_avg_sqs, masks, kinds, actives, *numbers, *options)
+    table = list_table((params, exp_avgs, exp_avg_sqs, grads), masks, kinds, actives)
+    torch.ops.mllmcl_cpu.masked_adamw(table, *numbers, *options)
