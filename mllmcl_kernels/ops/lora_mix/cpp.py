@@ -12,13 +12,17 @@ from torch import Tensor
 from torch.library import Library
 
 from ...dropout import threshold
-from ...products import product_nt
+from ...products import has_few_rows, product_nt
 from . import lora_mix_backward_op, lora_mix_op
 from .reference import expert_of_rank
 
 __all__ = ["dropped", "float_path", "lora_gradients", "mixed_ranks", "rank_tables"]
 
 LIBRARY = Library("mllmcl_cpu", "FRAGMENT")
+LIBRARY.define(
+    "mix_few(Tensor x, Tensor dropped, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, Tensor? gates, "
+    "Tensor starts, Tensor scaling, Tensor(a!) s, Tensor(b!) y) -> ()"
+)
 LIBRARY.define("rank_gate(Tensor s, Tensor? gates, Tensor starts, Tensor scaling, Tensor(a!) mixed) -> ()")
 LIBRARY.define(
     "rank_gate_backward(Tensor u, Tensor s, Tensor? gates, Tensor starts, Tensor scaling, Tensor(a!) ds, "
@@ -94,6 +98,11 @@ def _supports_backward(dy, x, weight, lora_a, lora_b, gates, *_rest) -> str | No
 def lora_mix_cpp(x, weight, bias, lora_a, lora_b, gates, seed, ranks, scaling, trainable, dropout):
     """The mix is added into y by the product itself: no pass over [T, N] besides the two products."""
     x = x.contiguous()
+    if has_few_rows(x):
+        s, y = x.new_empty(x.shape[0], lora_a.shape[0]), x.new_empty(x.shape[0], weight.shape[0])
+        layer = weight.contiguous(), None if bias is None else bias.contiguous(), lora_a.contiguous(), lora_b.contiguous()
+        OPS.mix_few(x, dropped(x, seed, dropout), *layer, _prepared(gates), *rank_tables(ranks, scaling), s, y)
+        return y, s
     s = product_nt(dropped(x, seed, dropout), lora_a)
     y = product_nt(x, weight, bias)
     if gates is None and len(set(scaling)) == 1:
