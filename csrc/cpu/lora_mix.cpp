@@ -100,25 +100,35 @@ const float* matrix(const Tensor& t, int64_t rows, int64_t columns, const char* 
   return static_cast<const float*>(t.const_data_ptr());
 }
 
-// The whole forward of few tokens: s = x_dropped A^T, y = x W^T + bias + (s * factor) B^T
+Tensor in_a_row(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+std::optional<Tensor> in_a_row(const std::optional<Tensor>& t) {
+  return t.has_value() ? std::optional<Tensor>(in_a_row(*t)) : t;
+}
+
+// The whole forward of few tokens: y = x W^T + bias + (s * factor) B^T and s = x_dropped A^T
 void mix_few(Tensor x, Tensor dropped, Tensor weight, std::optional<Tensor> bias, Tensor lora_a, Tensor lora_b,
              std::optional<Tensor> gates, Tensor starts, Tensor scaling, Tensor s, Tensor y) {
   need(x.dim() == 2 && weight.dim() == 2 && lora_a.dim() == 2, "x, weight and lora_a must be matrices");
   const int64_t tokens = x.size(0), width = x.size(1), out = weight.size(0), ranks = lora_a.size(0);
+  for (Tensor* t : {&x, &dropped, &weight, &lora_a, &lora_b}) *t = in_a_row(*t);
+  bias = in_a_row(bias);
+  gates = in_a_row(gates);
   const Gates rule = read_gates(gates, starts, scaling, tokens, ranks);
   matrix(s, tokens, ranks, "s must be contiguous float32 [T, R]");
   matrix(y, tokens, out, "y must be contiguous float32 [T, N]");
   auto *to_s = static_cast<float*>(s.mutable_data_ptr()), *to_y = static_cast<float*>(y.mutable_data_ptr());
-  const Factors shrink{matrix(dropped, tokens, width, "dropped must be contiguous float32 [T, K]"),
-                       matrix(lora_a, ranks, width, "lora_a must be contiguous float32 [R, K]"), width};
+  const Factors shrink{matrix(dropped, tokens, width, "dropped must be float32 [T, K]"),
+                       matrix(lora_a, ranks, width, "lora_a must be float32 [R, K]"), width};
+  const Factors base{matrix(x, tokens, width, "x must be float32 [T, K]"),
+                     matrix(weight, out, width, "weight must be float32 [N, K]"), width};
+  const float* b = matrix(lora_b, out, ranks, "lora_b must be float32 [N, R]");
+  const float* add = bias.has_value() ? matrix(*bias, 1, out, "bias must be float32 [N]") : nullptr;
   few_rows_product(&shrink, 1, nullptr, tokens, ranks, to_s);
   std::vector<float> mixed(tokens * ranks);
   mix(rule, to_s, tokens, ranks, mixed.data());
-  const Factors pairs[] = {{matrix(x, tokens, width, "x must be contiguous float32 [T, K]"),
-                            matrix(weight, out, width, "weight must be contiguous float32 [N, K]"), width},
-                           {mixed.data(), matrix(lora_b, out, ranks, "lora_b must be contiguous float32 [N, R]"), ranks}};
-  few_rows_product(pairs, 2, bias.has_value() ? matrix(*bias, 1, out, "bias must be contiguous float32 [N]") : nullptr,
-                   tokens, out, to_y);
+  const Factors pairs[] = {base, {mixed.data(), b, ranks}};
+  few_rows_product(pairs, 2, add, tokens, out, to_y);
 }
 
 // mixed = s * factor

@@ -40,7 +40,7 @@ LEAST_SAVED = 64
 def float_path(*tensors: Tensor | None) -> str | None:
     """Why these tensors do not fit: the C++ kernels compute in float32, so float64 stays with the reference."""
     for tensor in tensors:
-        if tensor is not None and tensor.is_floating_point() and tensor.dtype not in DTYPES:
+        if tensor is not None and tensor.dtype not in DTYPES and tensor.is_floating_point():
             return f"computes in float32, got {tensor.dtype}"
     return None
 
@@ -152,17 +152,13 @@ def _runs(gates: Tensor | None, x: Tensor, ranks: Sequence[int], scaling: Sequen
 @lora_mix_op.provider("cpp", supports=_supports)
 def lora_mix_cpp(x, weight, bias, lora_a, lora_b, gates, seed, ranks, scaling, trainable, dropout):
     """The mix is added into y by the product itself: no pass over [T, N] besides the two products."""
-    x, gates = x.contiguous(), _prepared(gates)
     if has_few_rows(x):
+        few = gates if gates is None or gates.is_floating_point() else gates.to(torch.int64)
+        drop_x = x if dropout == 0.0 else dropped(x.contiguous(), seed, dropout)
         s, y = x.new_empty(x.shape[0], lora_a.shape[0]), x.new_empty(x.shape[0], weight.shape[0])
-        layer = (
-            weight.contiguous(),
-            None if bias is None else bias.contiguous(),
-            lora_a.contiguous(),
-            lora_b.contiguous(),
-        )
-        OPS.mix_few(x, dropped(x, seed, dropout), *layer, gates, *rank_tables(ranks, scaling), s, y)
+        OPS.mix_few(x, drop_x, weight, bias, lora_a, lora_b, few, *rank_tables(ranks, scaling), s, y)
         return y, s
+    x, gates = x.contiguous(), _prepared(gates)
     s = product_nt(dropped(x, seed, dropout), lora_a)
     y = product_nt(x, weight, bias)
     if (runs := _runs(gates, x, ranks, scaling)) is not None:
