@@ -73,7 +73,8 @@ def test_few_rows_of_a_large_matrix_go_to_our_own_product(monkeypatch):
     torch.ops.mllmcl_cpu.few_rows(a, b, None, mine)
     assert torch.equal(products.product_nt(a, b), mine)
     monkeypatch.setattr(products, "MOST_FEW", 1)
-    assert torch.equal(products.product_nt(a, b), torch.mm(a, b.t())) or products.PREFERS_ONEDNN
+    monkeypatch.setattr(products, "HAS_ONEDNN", False)
+    assert torch.equal(products.product_nt(a, b), torch.mm(a, b.t()))
 
 
 def test_onednn_is_left_alone_where_it_is_switched_off(monkeypatch):
@@ -85,7 +86,8 @@ def test_onednn_is_left_alone_where_it_is_switched_off(monkeypatch):
             called.append(args)
             return torch.mm(args[0], args[1].t())
 
-    monkeypatch.setattr(products, "PREFERS_ONEDNN", True)
+    monkeypatch.setattr(products, "HAS_ONEDNN", True)
+    monkeypatch.setattr(products, "IS_MKL_AT_HOME", False)
     monkeypatch.setattr(torch.ops, "mkldnn", Spy)
     a, b = torch.randn(64, 128), torch.randn(128, 128)
     products.product_nt(a, b)
@@ -94,3 +96,13 @@ def test_onednn_is_left_alone_where_it_is_switched_off(monkeypatch):
         products.product_nt(a, b)
     products.product_nt(a.bfloat16(), b.bfloat16())
     assert len(called) == torch.backends.mkldnn.is_available()
+
+
+def test_which_library_multiplies_follows_from_processor_and_layout(monkeypatch):
+    small, large = torch.zeros(64, 64), torch.zeros(1024, 1024)
+    monkeypatch.setattr(products, "IS_MKL_AT_HOME", True)
+    assert products._pays_onednn(64, large)
+    assert not products._pays_onednn(64, large.t()) and not products._pays_onednn(512, small)
+    monkeypatch.setattr(products, "IS_MKL_AT_HOME", False)
+    assert products._pays_onednn(64, large.t()) and products._pays_onednn(512, small)
+    assert not products._pays_onednn(2, large.t()) and not products._pays_onednn(1, small)
