@@ -74,13 +74,14 @@ class Provider:
     supports: Callable[..., str | None]
 
 
-def _first_tensor(args: Iterable) -> Tensor | None:
+def _device_of(args: Iterable) -> str:
+    """The device type of the first tensor, cpu without any."""
     for arg in args:
         if isinstance(arg, Tensor):
-            return arg
+            return arg.device.type
         if isinstance(arg, (list, tuple)) and arg and isinstance(arg[0], Tensor):
-            return arg[0]
-    return None
+            return arg[0].device.type
+    return "cpu"
 
 
 def _anything(*_args) -> None:
@@ -301,13 +302,12 @@ class Op:
             importlib.import_module(module)
         return self.providers.get(backend) or f"{self.name} has no {backend} implementation"
 
-    def reason_against(self, backend: str, args: Sequence) -> str | None:
-        """None where `backend` can run this call, else why not."""
+    def reason_against(self, backend: str, args: Sequence, device: str | None = None) -> str | None:
+        """None where `backend` can run this call, else why not; `device` saves looking for the arguments'."""
         provider = self.find(backend)
         if isinstance(provider, str):
             return provider
-        tensor = _first_tensor(args)
-        device = "cpu" if tensor is None else tensor.device.type
+        device = device or _device_of(args)
         wants = DEVICES.get(backend, ("cpu", "cuda"))
         if device not in wants:
             return f"{backend} runs on {' or '.join(wants)} tensors, got {device}"
@@ -326,12 +326,12 @@ class Op:
             if reason is not None:
                 raise ValueError(f"{self.name}: backend={backend!r} cannot run this call: {reason}")
             return self.find(backend)
-        tensor = _first_tensor(args)
-        order = PRIORITY["cpu" if tensor is None else tensor.device.type]
+        device = _device_of(args)
+        order = PRIORITY[device]
         if (default := library.default_backend()) is not None:
             order = (default, *order)
         for name in order:
-            reason = self.reason_against(name, args)
+            reason = self.reason_against(name, args, device)
             if reason is None:
                 return self.find(name)
             self._tell_once(name, reason)

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "../checks.h"
+#include "few_rows.h"
 
 namespace mllmcl {
 namespace {
@@ -85,6 +86,51 @@ void check_rows(const Tensor& t, int64_t tokens, int64_t width, Dtype dtype, con
   need(t.is_contiguous() && t.numel() == tokens * width && t.scalar_type() == dtype, what);
 }
 
+// mixed = s * factor of every rank, in float32
+void mix(const Gates& rule, const float* s, int64_t tokens, int64_t ranks, float* mixed) {
+  std::vector<float> factor(ranks);
+  for (int64_t t = 0; t < tokens; ++t) {
+    if (t == 0 || !rule.same_as_before(t)) rule.factors(t, factor.data());
+    multiply(s + t * ranks, factor.data(), mixed + t * ranks, ranks);
+  }
+}
+
+const float* matrix(const Tensor& t, int64_t rows, int64_t columns, const char* what) {
+  check_rows(t, rows, columns, Dtype::Float, what);
+  return static_cast<const float*>(t.const_data_ptr());
+}
+
+Tensor in_a_row(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+std::optional<Tensor> in_a_row(const std::optional<Tensor>& t) {
+  return t.has_value() ? std::optional<Tensor>(in_a_row(*t)) : t;
+}
+
+// The whole forward of few tokens: y = x W^T + bias + (s * factor) B^T and s = x_dropped A^T
+void mix_few(Tensor x, Tensor dropped, Tensor weight, std::optional<Tensor> bias, Tensor lora_a, Tensor lora_b,
+             std::optional<Tensor> gates, Tensor starts, Tensor scaling, Tensor s, Tensor y) {
+  need(x.dim() == 2 && weight.dim() == 2 && lora_a.dim() == 2, "x, weight and lora_a must be matrices");
+  const int64_t tokens = x.size(0), width = x.size(1), out = weight.size(0), ranks = lora_a.size(0);
+  for (Tensor* t : {&x, &dropped, &weight, &lora_a, &lora_b}) *t = in_a_row(*t);
+  bias = in_a_row(bias);
+  gates = in_a_row(gates);
+  const Gates rule = read_gates(gates, starts, scaling, tokens, ranks);
+  matrix(s, tokens, ranks, "s must be contiguous float32 [T, R]");
+  matrix(y, tokens, out, "y must be contiguous float32 [T, N]");
+  auto *to_s = static_cast<float*>(s.mutable_data_ptr()), *to_y = static_cast<float*>(y.mutable_data_ptr());
+  const Factors shrink{matrix(dropped, tokens, width, "dropped must be float32 [T, K]"),
+                       matrix(lora_a, ranks, width, "lora_a must be float32 [R, K]"), width};
+  const Factors base{matrix(x, tokens, width, "x must be float32 [T, K]"),
+                     matrix(weight, out, width, "weight must be float32 [N, K]"), width};
+  const float* b = matrix(lora_b, out, ranks, "lora_b must be float32 [N, R]");
+  const float* add = bias.has_value() ? matrix(*bias, 1, out, "bias must be float32 [N]") : nullptr;
+  few_rows_product(&shrink, 1, nullptr, tokens, ranks, to_s);
+  std::vector<float> mixed(tokens * ranks);
+  mix(rule, to_s, tokens, ranks, mixed.data());
+  const Factors pairs[] = {base, {mixed.data(), b, ranks}};
+  few_rows_product(pairs, 2, add, tokens, out, to_y);
+}
+
 // mixed = s * factor
 void rank_gate(Tensor s, std::optional<Tensor> gates, Tensor starts, Tensor scaling, Tensor mixed) {
   need(s.dim() == 2 && is_row_dtype(s.scalar_type()), "s must be [T, R] in float32, bfloat16 or float16");
@@ -160,7 +206,7 @@ void rank_gate_backward(Tensor u, Tensor s, std::optional<Tensor> gates, Tensor 
   }
 }
 
-inline uint32_t mix(uint32_t h) {
+inline uint32_t mix_bits(uint32_t h) {
   h ^= h >> 16;
   h *= 0x85EBCA6Bu;
   h ^= h >> 13;
@@ -172,7 +218,7 @@ inline uint32_t mix(uint32_t h) {
 MLLMCL_CLONES void drop_row(const float* from, float* out, int64_t count, uint32_t key, uint32_t high, uint32_t below,
                             float scale) {
   for (int64_t c = 0; c < count; ++c) {
-    const uint32_t h = mix(key ^ (static_cast<uint32_t>(c) * 0x85EBCA77u + high));
+    const uint32_t h = mix_bits(key ^ (static_cast<uint32_t>(c) * 0x85EBCA77u + high));
     out[c] = h >= below ? from[c] * scale : 0.0f;
   }
 }
@@ -180,7 +226,7 @@ MLLMCL_CLONES void drop_row(const float* from, float* out, int64_t count, uint32
 MLLMCL_CLONES void drop_row_add(const float* from, float* out, int64_t count, uint32_t key, uint32_t high,
                                 uint32_t below, float scale) {
   for (int64_t c = 0; c < count; ++c) {
-    const uint32_t h = mix(key ^ (static_cast<uint32_t>(c) * 0x85EBCA77u + high));
+    const uint32_t h = mix_bits(key ^ (static_cast<uint32_t>(c) * 0x85EBCA77u + high));
     out[c] += h >= below ? from[c] * scale : 0.0f;
   }
 }
@@ -201,7 +247,7 @@ void dropout(Tensor x, Tensor seed, int64_t below, double scale, bool add, Tenso
     std::vector<float> memory(dtype == Dtype::Float ? 0 : 2 * width);
     float *in = memory.data(), *buffer = in + width;
     for (int64_t t = begin; t < end; ++t) {
-      const uint32_t key = mix(static_cast<uint32_t>(t) * 0x9E3779B1u + low);
+      const uint32_t key = mix_bits(static_cast<uint32_t>(t) * 0x9E3779B1u + low);
       const float* row = load_row(from, dtype, t * width, width, in);
       float* target = open_row(to, dtype, t * width, buffer);
       if (add) {
@@ -219,6 +265,7 @@ void dropout(Tensor x, Tensor seed, int64_t below, double scale, bool add, Tenso
 }  // namespace mllmcl
 
 STABLE_TORCH_LIBRARY_IMPL(mllmcl_cpu, CPU, m) {
+  m.impl("mix_few", TORCH_BOX(&mllmcl::mix_few));
   m.impl("rank_gate", TORCH_BOX(&mllmcl::rank_gate));
   m.impl("rank_gate_backward", TORCH_BOX(&mllmcl::rank_gate_backward));
   m.impl("dropout", TORCH_BOX(&mllmcl::dropout));

@@ -33,6 +33,50 @@ def test_products_follow_the_error_rule(rows, depth, columns, transposed):
         assert torch.equal(wide, truth if rows else wide) or (wide - truth).abs().max() < 1e-10
 
 
+@pytest.mark.skipif(not products._has_own(), reason="the C++ library was not built")
+@pytest.mark.parametrize("depth", [16, 37, 5, 0])
+@pytest.mark.parametrize("columns", [1, 7, 50])
+def test_few_rows_follow_the_error_rule_and_do_not_see_each_other(depth, columns):
+    """Whatever fills no register; fewer rows and other numbers of threads give the same bits."""
+    generator = torch.Generator().manual_seed(depth)
+    x, weight = torch.randn(19, depth, generator=generator), torch.randn(columns, depth, generator=generator)
+    bias = torch.randn(columns, generator=generator)
+
+    def product(rows, bias):
+        # one row more than asked for stays as it was
+        out = torch.full((rows.shape[0] + 1, columns), 7.0)
+        torch.ops.mllmcl_cpu.few_rows(rows, weight, bias, out[:-1])
+        assert (out[-1] == 7.0).all()
+        return out[:-1]
+
+    whole = product(x, bias)
+    for rows in range(x.shape[0] + 1):
+        assert torch.equal(product(x[:rows], bias), whole[:rows])
+    assert torch.equal(product(x, None), product(x, torch.zeros(columns)))
+    threads = torch.get_num_threads()
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            assert torch.equal(product(x, bias), whole)
+    finally:
+        torch.set_num_threads(threads)
+    truth = x.double() @ weight.double().t() + bias.double()
+    off = excess(whole, torch.nn.functional.linear(x, weight, bias), truth)
+    assert off.passes, off
+
+
+@pytest.mark.skipif(not products._has_own(), reason="the C++ library was not built")
+def test_few_rows_of_a_large_matrix_go_to_our_own_product(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 1024, generator=generator), torch.randn(1024, 1024, generator=generator)
+    mine = torch.empty(2, 1024)
+    torch.ops.mllmcl_cpu.few_rows(a, b, None, mine)
+    assert torch.equal(products.product_nt(a, b), mine)
+    monkeypatch.setattr(products, "MOST_FEW", 1)
+    monkeypatch.setattr(products, "HAS_ONEDNN", False)
+    assert torch.equal(products.product_nt(a, b), torch.mm(a, b.t()))
+
+
 def test_onednn_is_left_alone_where_it_is_switched_off(monkeypatch):
     called = []
 
@@ -43,6 +87,7 @@ def test_onednn_is_left_alone_where_it_is_switched_off(monkeypatch):
             return torch.mm(args[0], args[1].t())
 
     monkeypatch.setattr(products, "HAS_ONEDNN", True)
+    monkeypatch.setattr(products, "IS_MKL_AT_HOME", False)
     monkeypatch.setattr(torch.ops, "mkldnn", Spy)
     a, b = torch.randn(64, 128), torch.randn(128, 128)
     products.product_nt(a, b)
@@ -51,3 +96,13 @@ def test_onednn_is_left_alone_where_it_is_switched_off(monkeypatch):
         products.product_nt(a, b)
     products.product_nt(a.bfloat16(), b.bfloat16())
     assert len(called) == torch.backends.mkldnn.is_available()
+
+
+def test_which_library_multiplies_follows_from_processor_and_layout(monkeypatch):
+    small, large = torch.zeros(64, 64), torch.zeros(1024, 1024)
+    monkeypatch.setattr(products, "IS_MKL_AT_HOME", True)
+    assert products._pays_onednn(64, large)
+    assert not products._pays_onednn(64, large.t()) and not products._pays_onednn(512, small)
+    monkeypatch.setattr(products, "IS_MKL_AT_HOME", False)
+    assert products._pays_onednn(64, large.t()) and products._pays_onednn(512, small)
+    assert not products._pays_onednn(2, large.t()) and not products._pays_onednn(1, small)

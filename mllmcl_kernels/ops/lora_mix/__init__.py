@@ -198,7 +198,7 @@ def flatten_gates(op: str, gates: Tensor | None, lead: torch.Size, ranks: Sequen
     if not floating and gates.dtype not in (torch.int32, torch.int64):
         gates = gates.to(torch.int64)
     if gates.shape == ((*lead, experts) if floating else lead):
-        return gates.reshape(-1, experts) if floating else gates.reshape(-1)
+        return gates if len(lead) == 1 else gates.reshape(-1, experts) if floating else gates.reshape(-1)
     if floating:
         expect(
             gates.dim() >= 1 and gates.shape[-1] == experts,

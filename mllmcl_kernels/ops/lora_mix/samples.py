@@ -16,6 +16,8 @@ CASES = (
     ("mixed ranks, one frozen", 12, 40, 24, (3, 7, 0, 5), "token", 0.0, False, 1),
     ("sample gates, dropout", 12, 16, 16, (4, 4), "sample", 0.25, True, None),
     ("ids per sample", 20, 32, 16, (4, 6), "ids", 0.0, True, 0),
+    ("ids of long runs", 200, 24, 16, (4, 4, 4), "ids", 0.0, True, 1),
+    ("ids of long runs, dropout", 200, 17, 23, (3, 3, 3), "ids", 0.25, False, None),
     ("ids per token", 9, 17, 23, (5, 3, 2), "token ids", 0.1, False, None),
     ("one token", 1, 16, 8, (4, 4), "token", 0.0, True, None),
     ("no token", 0, 16, 8, (4, 4), "token", 0.0, True, None),
