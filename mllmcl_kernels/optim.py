@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .checks import expect, expect_number
+from .faults import poll_faults
 from .masks import Mask, flatten_masks
 from .ops.masked_adamw import masked_adamw_op
 
@@ -149,6 +150,8 @@ class MaskedAdamW(torch.optim.Optimizer):
                 loss = closure()
         if self._only_initialises():
             return loss
+        if torch.cuda.is_initialized() and not torch.compiler.is_compiling():
+            poll_faults(torch.device("cuda", torch.cuda.current_device()))
         scale = expect_number("MaskedAdamW", "grad_scale", self._scale())
         for number, group in enumerate(self.param_groups):
             params, grads = group["params"], [param.grad for param in group["params"]]

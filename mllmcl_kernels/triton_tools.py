@@ -52,6 +52,7 @@ __all__ = [
     "lane_softmax_step",
     "launch",
     "lives_there",
+    "note_wrong_ids",
     "num_processors",
     "power_of_two",
     "raise_for_ids",
@@ -124,6 +125,14 @@ def gate_tile(
     else:
         factor = tl.where(row_mask[:, None], scale[None, :], 0.0)
     return factor
+
+
+@triton.jit
+def note_wrong_ids(flag_ptr, gates_ptr, rows, row_mask, run, num_experts):
+    """Raise the flag to 1 + the highest position of an id outside -1..E-1; nothing is written where there is none."""
+    ids = tl.load(gates_ptr + rows // run, mask=row_mask, other=-1).to(tl.int64)
+    wrong = row_mask & ((ids < -1) | (ids >= num_experts))
+    tl.atomic_max(flag_ptr + tl.zeros_like(rows), rows // run + 1, mask=wrong)
 
 
 @triton.jit
@@ -285,7 +294,7 @@ def dtypes_reason(*lists: Sequence[Tensor]) -> str | None:
 
 
 def raise_for_ids(op: str, gates: Tensor | None, experts: int) -> None:
-    """With MLLMCL_DEBUG=1 wait for the device and raise for an id outside -1..E-1; else it selects no expert."""
+    """With MLLMCL_DEBUG=1 wait for the device and raise for an id outside -1..E-1; else see `faults`."""
     if gates is None or gates.is_floating_point() or not debug_checks() or gates.numel() == 0:
         return
     wrong = (gates < -1) | (gates >= experts)

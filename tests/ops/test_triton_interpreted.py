@@ -415,6 +415,31 @@ def test_what_can_add_a_product():
 
 
 @inside
+@pytest.mark.parametrize(("tokens", "width"), [(40, 64), (3, 4096)])
+def test_an_id_out_of_range_raises_the_flag(monkeypatch, tokens: int, width: int):
+    """With the product whole and in planes: the highest position is told once, the row is the base layer's."""
+    from mllmcl_kernels import faults
+
+    ids = torch.arange(tokens) % 2
+    x, weight, bias, a, b, _, *rest = layer_args(tokens, width, 24, [3, 8], ids, torch.float32)
+    op = REGISTRY["lora_mix"]
+    # what other tests have raised
+    monkeypatch.setattr(faults, "_watches", {})
+    for wrong in ([2, -2], [-3, 1 << 40]):
+        ids[torch.tensor([0, tokens - 2])] = torch.tensor(wrong)
+        y, _ = op(x, weight, bias, a, b, ids, *rest, backend="triton")
+        base = torch.nn.functional.linear(x, weight, bias)
+        assert torch.equal(y[[0, tokens - 2]], base[[0, tokens - 2]])
+        assert not torch.equal(y[-1], base[-1])
+        with pytest.raises(
+            ValueError, match=rf"lora_mix: gates must be ids in -1\.\.1; .* position {tokens - 2} was not"
+        ):
+            faults.raise_faults()
+    op(x, weight, bias, a, b, torch.arange(tokens) % 3 - 1, *rest, backend="triton")
+    faults.raise_faults()
+
+
+@inside
 @pytest.mark.parametrize(("experts", "top_k"), [(130, 130), (1024, 2)])
 def test_more_experts_than_one_product_holds(experts: int, top_k: int):
     """Logits from torch, choice in the kernel."""

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...dropout import threshold
+from ...faults import fault_flag
 from ...triton_expand import add_product
 from ...triton_tools import (
     EXPERT_IDS,
@@ -31,6 +32,7 @@ from ...triton_tools import (
     gate_tile,
     keep_tile,
     launch,
+    note_wrong_ids,
     num_processors,
     power_of_two,
     raise_for_ids,
@@ -84,7 +86,7 @@ TILES = LoraMixTiles(
 
 @triton.jit
 def _lora_mix_shrink_kernel(
-    x_ptr, a_ptr, s_ptr, mixed_ptr, planes_ptr, gates_ptr, owner_ptr, scale_ptr, seed_ptr,
+    x_ptr, a_ptr, s_ptr, mixed_ptr, planes_ptr, gates_ptr, owner_ptr, scale_ptr, seed_ptr, flag_ptr,
     T, K, R, run, num_experts, stride_xt, stride_xk, stride_ar, stride_ak,
     KIND: tl.constexpr, DROPS: tl.constexpr, THRESHOLD: tl.constexpr, KEEP_SCALE: tl.constexpr,
     SPLIT: tl.constexpr, PRECISION: tl.constexpr,
@@ -104,6 +106,8 @@ def _lora_mix_shrink_kernel(
     if SPLIT > 1:
         tl.store(planes_ptr + split.to(tl.int64) * T * R + places, acc, mask=inside)
     else:
+        if KIND == _IDS:
+            note_wrong_ids(flag_ptr, gates_ptr, rows, row_mask, run, num_experts)
         factor = gate_tile(
             gates_ptr, owner_ptr, scale_ptr, rows, cols, row_mask, col_mask, run, num_experts, KIND
         )  # fmt: skip
@@ -113,7 +117,7 @@ def _lora_mix_shrink_kernel(
 
 @triton.jit
 def _lora_mix_gate_kernel(
-    planes_ptr, s_ptr, mixed_ptr, gates_ptr, owner_ptr, scale_ptr, T, R, run, num_experts,
+    planes_ptr, s_ptr, mixed_ptr, gates_ptr, owner_ptr, scale_ptr, flag_ptr, T, R, run, num_experts,
     KIND: tl.constexpr, SPLIT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """s from its planes in fixed order and s * G; with SPLIT = 0 only s * G from s."""
@@ -128,6 +132,8 @@ def _lora_mix_gate_kernel(
         for split in range(SPLIT):
             s += tl.load(planes_ptr + tl.cast(split, tl.int64) * T * R + places, mask=inside, other=0.0)
         tl.store(s_ptr + places, s.to(s_ptr.dtype.element_ty), mask=inside)
+    if KIND == _IDS:
+        note_wrong_ids(flag_ptr, gates_ptr, rows, row_mask, run, num_experts)
     factor = gate_tile(
         gates_ptr, owner_ptr, scale_ptr, rows, cols, row_mask, col_mask, run, num_experts, KIND
     )  # fmt: skip
@@ -292,16 +298,19 @@ class _Gating:
     owner: Tensor
     scale: Tensor
     starts: Tensor
+    #: raised by ids out of range
+    flag: Tensor
 
 
 def _gating(gates: Tensor | None, ranks: Sequence[int], scaling: Sequence[float], x: Tensor) -> _Gating:
     owner, scale, starts = rank_tables(tuple(ranks), tuple(scaling), x.device)
     raise_for_ids("lora_mix", gates, len(ranks))
     if gates is None:
-        return _Gating(scale, NO_GATES, 1, len(ranks), owner, scale, starts)
+        return _Gating(scale, NO_GATES, 1, len(ranks), owner, scale, starts, starts)
     kind = SOFT_GATES if gates.is_floating_point() else EXPERT_IDS
     run = max(x.shape[0] // max(gates.shape[0], 1), 1)
-    return _Gating(gates.contiguous(), kind, run, len(ranks), owner, scale, starts)
+    flag = fault_flag("lora_mix", len(ranks), x.device) if kind == EXPERT_IDS else starts
+    return _Gating(gates.contiguous(), kind, run, len(ranks), owner, scale, starts, flag)
 
 
 def shrink(
@@ -348,7 +357,7 @@ def _shrink(x: Tensor, lora_a: Tensor, seed: Tensor | None, dropout: float, by: 
         planes = x.new_empty(split, tokens, rank, dtype=torch.float32) if split > 1 else s
         launch(
             _lora_mix_shrink_kernel, (ceil_div(tokens, tile.m) * ceil_div(rank, n), split),
-            x, lora_a, s, mixed, planes, by.gates, by.owner, by.scale, x if seed is None else seed,
+            x, lora_a, s, mixed, planes, by.gates, by.owner, by.scale, x if seed is None else seed, by.flag,
             tokens, width, rank, by.run, by.experts, *x.stride(), *lora_a.stride(),
             KIND=by.kind, DROPS=dropout > 0.0, THRESHOLD=threshold(dropout), KEEP_SCALE=1.0 / (1.0 - dropout),
             SPLIT=split, PRECISION=dot_precision(), BLOCK_T=tile.m, BLOCK_R=n, BLOCK_K=tile.k,
@@ -366,7 +375,7 @@ def _mix(planes: Tensor, s: Tensor, mixed: Tensor, split: int, by: _Gating) -> N
     n = min(tile.n, power_of_two(rank))
     launch(
         _lora_mix_gate_kernel, (ceil_div(tokens, tile.m) * ceil_div(rank, n),),
-        planes, s, mixed, by.gates, by.owner, by.scale, tokens, rank, by.run, by.experts,
+        planes, s, mixed, by.gates, by.owner, by.scale, by.flag, tokens, rank, by.run, by.experts,
         KIND=by.kind, SPLIT=split, BLOCK_T=tile.m, BLOCK_R=n, warps=tile.warps,
     )  # fmt: skip
 
