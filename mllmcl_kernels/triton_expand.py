@@ -24,10 +24,6 @@ from .tuning import bucket, pick_tile
 
 __all__ = ["add_product", "candidates", "dual_product", "maps_product", "ways"]
 
-#: floating point operations an H100 does in bfloat16 while it moves a byte
-BALANCE = 266.0
-#: throughput of the dual-source kernel over cuBLAS's where nobody has measured it, a cautious guess
-DUAL_EFFICIENCY = 0.7
 #: kinds of `Way`
 ADD, SLABS, DUAL, MAPS = 0, 1, 2, 3
 
@@ -148,12 +144,12 @@ def dual_product(x: Tensor, weight: Tensor, bias: Tensor | None, mixed: Tensor, 
 @triton.jit
 def _dual_product_maps_kernel(
     y_ptr, x_map, weight_map, mixed_map, b_map, bias_ptr, T, N, K, R,
-    HAS_BIAS: tl.constexpr, ACROSS: tl.constexpr, PROGRAMS: tl.constexpr, GROUP: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ACROSS: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The same by as many programs as processors; the copy engine fetches their tiles, zeros for what is outside."""
     blocks_t, blocks_n = tl.cdiv(T, BLOCK_T), tl.cdiv(N, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), blocks_t * blocks_n, PROGRAMS):
+    for tile in tl.range(tl.program_id(0), blocks_t * blocks_n, tl.num_programs(0)):
         group = tile // (GROUP * blocks_n)
         height = tl.minimum(blocks_t - group * GROUP, GROUP)
         inner = tile % (GROUP * blocks_n)
@@ -197,7 +193,7 @@ def maps_product(x: Tensor, weight: Tensor, bias: Tensor | None, mixed: Tensor, 
         launch(
             _dual_product_maps_kernel, (programs,),
             y, *maps, y if bias is None else bias.contiguous(), tokens, out, width, rank,
-            HAS_BIAS=bias is not None, ACROSS=across, PROGRAMS=programs, GROUP=8,
+            HAS_BIAS=bias is not None, ACROSS=across, GROUP=8,
             BLOCK_T=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, warps=tile.warps, stages=tile.stages,
         )  # fmt: skip
 
@@ -221,20 +217,16 @@ def _mappable(tensor: Tensor) -> Tensor:
 
 
 def candidates(tokens: int, width: int, rank: int, dtype: torch.dtype, has_maps: bool) -> tuple[Way, ...]:
-    """What can add a product of depth `rank` onto one of depth `width`, the default first.
+    """What can add a product of depth `rank` onto one of depth `width`; the first one runs where none was timed.
 
-    Adding costs a read and a write of the result, the dual-source kernel gives up cuBLAS's throughput; both as a share
-    of the base product's time. Below 512 tokens that product waits for W, not for arithmetic, and nothing beats it.
-    Triton loads wide only from rows whose length is a multiple of 16.
+    Below 512 tokens the base product waits for W, not for arithmetic, and nothing beats it. Triton loads wide only from
+    rows whose length is a multiple of 16.
     """
-    add = Way(ADD)
     if dtype == torch.float32 or tokens < 512:
-        return (add,)
-    found = [add, *(Way(SLABS, size) for size in (1024, 2048) if tokens >= 2 * size)]
+        return (Way(ADD),)
+    found = [Way(ADD), *(Way(SLABS, size) for size in (1024, 2048) if tokens >= 2 * size)]
     if rank % 16 == 0 and width % 16 == 0:
-        cost = (1.0 + rank / width) / DUAL_EFFICIENCY - 1.0
-        found.insert(0 if cost < (rank + 2.0 * BALANCE) / width else len(found), Way(DUAL))
-        found += [Way(MAPS)] if has_maps else []
+        found += [Way(DUAL), Way(MAPS)] if has_maps else [Way(DUAL)]
     return tuple(found)
 
 
@@ -261,7 +253,7 @@ def _run(way: Way, x: Tensor, weight: Tensor, bias: Tensor | None, mixed: Tensor
 
 
 def add_product(x: Tensor, weight: Tensor, bias: Tensor | None, mixed: Tensor, lora_b: Tensor) -> Tensor:
-    """x W^T + b + mixed B^T: [T, N], by the way that was found to be the quickest or else is thought to be."""
+    """x W^T + b + mixed B^T: [T, N], by the way that was found to be the quickest."""
     (tokens, width), (out, rank) = x.shape, lora_b.shape
 
     def run(way: Way) -> Tensor:

@@ -18,7 +18,7 @@ from mllmcl_kernels.op import REGISTRY
 from mllmcl_kernels.testing import excess
 
 DEVICE = torch.device("cuda", torch.cuda.current_device())
-E, R = 4, 16
+E, R = 8, 16
 RANKS = (R,) * E
 needs_triton = pytest.mark.skipif(
     isinstance(REGISTRY["lora_mix"].find("triton"), str), reason="the Triton provider is not there"
@@ -272,7 +272,7 @@ def test_an_id_out_of_range_is_the_base_layer_and_raises_later(monkeypatch):
     ids[17] = E
     y = mixed(given, ids, "triton")
     assert torch.equal(y[17], F.linear(given["x"], given["weight"], given["bias"])[17])
-    with pytest.raises(ValueError, match=r"lora_mix: gates must be ids in -1\.\.3; on cuda:\d one at position 17"):
+    with pytest.raises(ValueError, match=r"lora_mix: gates must be ids in -1\.\.7; on cuda:\d one at position 17"):
         faults.raise_faults()
     faults.raise_faults()
 
@@ -294,7 +294,7 @@ def test_the_next_optimizer_steps_raise_it(monkeypatch):
 def test_debugging_raises_at_the_call(monkeypatch):
     monkeypatch.setenv("MLLMCL_DEBUG", "1")
     given = layer(40, 128, 96)
-    with pytest.raises(ValueError, match="got 4 at position 0"):
+    with pytest.raises(ValueError, match="got 8 at position 0"):
         mixed(given, torch.full((40,), E, device=DEVICE), "triton")
     monkeypatch.delenv("MLLMCL_DEBUG")
     with contextlib.suppress(ValueError):

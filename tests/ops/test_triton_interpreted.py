@@ -400,14 +400,13 @@ def test_ways_of_adding_a_product(name: str, way: str, tokens: int, dtype, capab
 
 @inside
 def test_what_can_add_a_product():
-    """The default is torch's two products except where arithmetic says that a narrow layer pays for reading y again."""
+    """torch's two products come first, so that they run where nothing was timed."""
     from mllmcl_kernels.triton_expand import candidates
 
     def names(*size):
         return [str(way) for way in candidates(*size, True)]
 
     slabs, kernels = ["slabs of 1024", "slabs of 2048"], ["dual source", "dual source by tensor maps"]
-    assert names(4096, 512, 128, torch.bfloat16) == [kernels[0], "two products", *slabs, kernels[1]]
     assert names(4096, 8192, 128, torch.bfloat16) == ["two products", *slabs, *kernels]
     assert names(4096, 512, 120, torch.bfloat16) == ["two products", *slabs]
     assert names(4096, 512, 128, torch.float32) == names(64, 512, 128, torch.bfloat16) == ["two products"]
