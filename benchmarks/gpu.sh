@@ -71,7 +71,10 @@ else
   have peft || missing "the peer PEFT" "peft is not installed"
   only=(--benchmark-only)
   have pytest_benchmark || { only=(); missing "pytest-benchmark's own table" "pytest-benchmark is not installed"; }
-  if [ $dry = 1 ]; then size=(--tiny --table cuda) name=dry; else size=() name=$device; fi
+  if [ $dry = 1 ]; then
+    size=(--tiny --table cuda --ignore benchmarks/test_method_steps.py) name=dry
+    missing "the methods' steps" "they take minutes on a CPU, and the tests of every method take them too"
+  else size=() name=$device; fi
   # what is left but for the sanitizers
   left=$((total - SECONDS - 100))
   export MLLMCL_TUNING_FOLDER=$out/tuning
