@@ -92,7 +92,10 @@ class Build(build_ext):
         gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
         compiler = [shutil.which("nvcc") or "nvcc", "-O3", "-Xcompiler", "-fPIC", "--expt-relaxed-constexpr", *gencode]
         sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))
-        self.library("mllmcl_cuda", sources, [*compiler, "-DUSE_CUDA", *flags], [*link, "-cudart=shared"])
+        # the current stream is asked of libtorch_cuda, which a torch without CUDA has not; libtorch leads there where
+        # it is, but defines nothing itself, so that linkers leave it out unless told
+        link = ["-Xlinker", "--no-as-needed", *link, "-cudart=shared"]
+        self.library("mllmcl_cuda", sources, [*compiler, "-DUSE_CUDA", *flags], link)
         return f"built for {', '.join(archs)}"
 
 

@@ -6,16 +6,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
+
 __all__ = [
     "LayerCase",
     "ListCase",
     "LossCase",
     "MixCase",
+    "ModelCase",
     "RouteCase",
+    "ShrinkCase",
     "adamw_cases",
     "anchor_cases",
+    "block_cases",
     "ema_cases",
     "importance_cases",
+    "llava_cases",
     "loss_cases",
     "mix_cases",
     "orthogonality_cases",
@@ -23,6 +29,7 @@ __all__ = [
     "route_cases",
     "routed_cases",
     "sampled_cases",
+    "shrink_cases",
 ]
 
 DEFAULT = "default"
@@ -62,7 +69,11 @@ class MixCase:
         if self.dropout:
             words.append(f"dropout {self.dropout}")
         words.append("forward+backward" if self.backward else "forward")
-        return ", ".join(words) + (", CUDA graph" if self.graph else "")
+        if self.graph:
+            words.append("CUDA graph")
+        if self.compiled == AUTOTUNED:
+            words.append("torch.compile autotuned")
+        return ", ".join(words)
 
 
 @dataclass(frozen=True)
@@ -118,6 +129,41 @@ class ListCase:
 
 
 @dataclass(frozen=True)
+class ModelCase:
+    """A training step of decoder layers with experts on all seven linears of each, frozen otherwise.
+
+    model: "block", decoder layers alone, or "LLaVA", with CLIP's tower, projector, vocabulary and answers.
+    samples, length: the batch and the positions of a sample, images included.
+    """
+
+    model: str
+    layers: int
+    width: int
+    inner: int
+    heads: int
+    experts: int
+    rank: int
+    samples: int
+    length: int
+
+    def __str__(self) -> str:
+        size = f"{self.layers} layers of {self.width}, {self.inner}"
+        return f"{self.model}, {size}, E={self.experts} r={self.rank}, {self.samples} samples of {self.length}"
+
+
+@dataclass(frozen=True)
+class ShrinkCase:
+    """x [T, K] times A [R, K]."""
+
+    tokens: int
+    width: int
+    rank: int
+
+    def __str__(self) -> str:
+        return f"x A^T, T={self.tokens} K={self.width} R={self.rank}"
+
+
+@dataclass(frozen=True)
 class LayerCase:
     """One call over adapters of rank `rank` of every linear K -> N in `linears`; 0 is the whole weight's gradient.
 
@@ -145,30 +191,37 @@ MIX = {
         MixCase(512, 2048, 2048, 8, 16, gates="sample"),
         MixCase(512, 2048, 2048, 1, 16, gates="none"),
     ),
+    # the most telling ones first: time may run out
     "cuda": (
-        MixCase(4096, 4096, 4096, 8, 16, backward=False, compiled=AUTOTUNED),
-        MixCase(4096, 4096, 4096, 8, 16, compiled=AUTOTUNED),
-        MixCase(16384, 4096, 4096, 8, 16, compiled=DEFAULT),
-        MixCase(4096, 4096, 11008, 8, 16, compiled=DEFAULT),
-        MixCase(4096, 11008, 4096, 8, 16, compiled=DEFAULT),
+        MixCase(4096, 4096, 4096, 8, 16, backward=False, compiled=DEFAULT),
+        MixCase(4096, 4096, 4096, 8, 16, compiled=DEFAULT),
+        MixCase(4096, 4096, 4096, 8, 16, backward=False, graph=True),
+        MixCase(4096, 4096, 4096, 8, 16, graph=True),
+        MixCase(4096, 4096, 11008, 8, 16),
+        MixCase(4096, 11008, 4096, 8, 16),
         MixCase(4096, 4096, 4096, 8, 64, compiled=DEFAULT),
-        MixCase(4096, 4096, 4096, 8, 16, dropout=0.05),
+        MixCase(16384, 4096, 4096, 8, 16),
         MixCase(8192, 4096, 4096, 8, 16, gates="sample"),
+        MixCase(8192, 4096, 4096, 8, 16, gates="sample", backward=False),
+        MixCase(1, 4096, 4096, 8, 16, backward=False, graph=True),
+        MixCase(64, 4096, 4096, 8, 16, backward=False, graph=True),
+        MixCase(1, 4096, 4096, 8, 16, gates="sample", samples=1, backward=False, graph=True),
+        MixCase(1, 4096, 4096, 8, 16, backward=False),
+        MixCase(64, 4096, 4096, 8, 16, backward=False),
+        MixCase(4096, 4096, 4096, 1, 16, gates="none"),
+        MixCase(4096, 4096, 4096, 8, 16, dropout=0.05),
         MixCase(8192, 5120, 5120, 8, 16, gates="sample"),
         MixCase(8192, 8192, 8192, 8, 16, gates="sample"),
-        MixCase(64, 4096, 4096, 8, 16, backward=False),
-        MixCase(64, 4096, 4096, 8, 16, backward=False, graph=True),
-        MixCase(1, 4096, 4096, 8, 16, backward=False),
-        MixCase(1, 4096, 4096, 8, 16, backward=False, graph=True),
-        MixCase(4096, 4096, 4096, 1, 16, gates="none"),
+        MixCase(4096, 4096, 4096, 8, 16, backward=False, compiled=AUTOTUNED),
     ),
 }
 ROUTED = {
     "cpu": (MixCase(512, 2048, 2048, 8, 16), MixCase(512, 2048, 2048, 8, 16, top_k=2)),
     "cuda": (
-        MixCase(4096, 4096, 4096, 8, 16),
         MixCase(4096, 4096, 4096, 16, 64, top_k=2),
+        MixCase(4096, 4096, 4096, 16, 64, top_k=2, backward=False),
         MixCase(16384, 4096, 4096, 16, 64, top_k=2),
+        MixCase(4096, 4096, 4096, 8, 16),
     ),
 }
 ROUTE = {
@@ -178,6 +231,12 @@ ROUTE = {
     ),
 }
 # answer tokens of a batch; heads of SmolLM2-135M and of Vicuna-7B
+BLOCK = {
+    "cpu": (ModelCase("block", 1, 2048, 5632, 16, 8, 16, 1, 512),),
+    "cuda": (ModelCase("block", 1, 4096, 11008, 32, 8, 16, 2, 2048),),
+}
+# a LLaVA-1.5-7B: 576 of the positions are those of an image
+LLAVA = {"cuda": (ModelCase("LLaVA", 32, 4096, 11008, 32, 8, 16, 2, 704),)}
 LOSS = {"cpu": (256, 576, 49152), "cuda": (4096, 4096, 32000)}
 MASKS = ("no mask", "1 of 8 experts active", "half of the entries active")
 
@@ -195,13 +254,28 @@ def loss_cases(device: str) -> tuple[LossCase, ...]:
     return LossCase("soft targets", *size), LossCase("teacher", *size), LossCase("cached teacher", *size, 64)
 
 
+def block_cases(device: str) -> tuple[ModelCase, ...]:
+    return BLOCK[device]
+
+
+def llava_cases(device: str) -> tuple[ModelCase, ...]:
+    """For a CPU only what `shrink` makes of it."""
+    return LLAVA["cuda"]
+
+
+def shrink_cases(device: str) -> tuple[ShrinkCase, ...]:
+    if device == "cuda":
+        return tuple(ShrinkCase(tokens, 4096, rank) for tokens in (4096, 512, 64) for rank in (128, 16, 256))
+    return ShrinkCase(512, 2048, 128), ShrinkCase(64, 2048, 128)
+
+
 def route_cases(device: str) -> tuple[RouteCase, ...]:
     return ROUTE[device]
 
 
-#: q, k, v, o, gate, up, down of SmolLM2-135M, which has 30 such layers
 #: a layer of 2048, for a CPU
 WIDE_LAYER = (*((2048, 2048),) * 4, *((2048, 5632),) * 2, (5632, 2048))
+#: q, k, v, o, gate, up, down of SmolLM2-135M, which has 30 such layers
 SMALL_LAYER = ((576, 576), (576, 192), (576, 192), (576, 576), (576, 1536), (576, 1536), (1536, 576))
 
 
@@ -271,12 +345,18 @@ def shrink(case):
     if isinstance(case, LayerCase):
         return replace(case, linears=((64, 96), (96, 64)) * 2, rank=min(case.rank, 4), number=min(case.number, 24))
     if isinstance(case, MixCase):
-        small = replace(case, tokens=min(case.tokens, 32), width=64, out=64 if case.width == case.out else 96, rank=4)
-        return replace(small, samples=4, compiled=None)
+        tokens, out = min(case.tokens, 32), 64 if case.width == case.out else 96
+        small = replace(case, tokens=tokens, width=64, out=out, rank=4, samples=min(case.samples, 4))
+        return replace(small, compiled=None, graph=case.graph and torch.cuda.is_available())
     if isinstance(case, LossCase):
         return replace(case, tokens=16, width=32, vocabulary=300)
     if isinstance(case, RouteCase):
         return replace(case, tokens=64, width=32)
+    if isinstance(case, ShrinkCase):
+        return replace(case, tokens=min(case.tokens, 64), width=64, rank=min(case.rank, 16))
+    if isinstance(case, ModelCase):
+        sizes = {"layers": min(case.layers, 2), "width": 32, "inner": 48, "heads": 4, "experts": 4, "rank": 2}
+        return replace(case, **sizes, samples=2, length=24)
     if len(case.shapes) == 1:
         return replace(case, shapes=((8 * 4, 32),), rank=4)
     shapes = _lora_shapes(2, ((64, 96),), case.experts * 4)

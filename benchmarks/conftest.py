@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import importlib.metadata
 import importlib.util
 import json
@@ -22,6 +23,9 @@ TABLES = {
     "mix_case": cases.mix_cases,
     "routed_case": cases.routed_cases,
     "route_case": cases.route_cases,
+    "block_case": cases.block_cases,
+    "llava_case": cases.llava_cases,
+    "shrink_case": cases.shrink_cases,
     "loss_case": cases.loss_cases,
     "adamw_case": cases.adamw_cases,
     "ema_case": cases.ema_cases,
@@ -31,7 +35,11 @@ TABLES = {
     "projection_case": cases.projection_cases,
     "sampled_case": cases.sampled_cases,
 }
-PACKAGES = ("torch", "triton", "peft", "numpy")
+PACKAGES = ("torch", "triton", "peft", "transformers", "numpy", "moe-ops", "polylora", "liger-kernel", "torch-optimi")
+#: files in the order in which they tell most, for when time runs out; the first cases of `test_lora_mix.py` lead
+FIRST = ("test_model_steps.py", "test_lora_mix_routed.py", "test_limits.py", "test_lora_mix.py", "test_route.py",
+         "test_masked_adamw.py", "test_linear_losses.py")  # fmt: skip
+LEADERS = 4
 BEGAN = time.monotonic()
 ROOFLINE = pytest.StashKey[dict]()
 LATE = pytest.StashKey[list]()
@@ -40,7 +48,15 @@ LATE = pytest.StashKey[list]()
 def pytest_addoption(parser):
     parser.addoption("--results", default=None, help="write all cases to this JSON file")
     parser.addoption("--tiny", action="store_true", help="small sizes and few rounds: does everything run?")
+    parser.addoption("--table", choices=("cpu", "cuda"), default=None, help="the cases of this kind of device")
     parser.addoption("--seconds", type=float, default=None, help="begin no case after so many seconds")
+
+
+def pytest_collection_modifyitems(items):
+    mixing = [item for item in items if item.path.name == "test_lora_mix.py"]
+    leaders = {item: place for place, item in enumerate(mixing[:LEADERS])}
+    ranks = {name: len(leaders) + place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: leaders.get(item, ranks.get(item.path.name, len(leaders) + len(FIRST))))
 
 
 def pytest_runtest_setup(item):
@@ -69,7 +85,8 @@ if importlib.util.find_spec("pytest_benchmark") is None:
 def pytest_generate_tests(metafunc):
     for name, table in TABLES.items():
         if name in metafunc.fixturenames:
-            found = table("cuda" if torch.cuda.is_available() else "cpu")
+            kind = metafunc.config.getoption("--table")
+            found = table(kind or ("cuda" if torch.cuda.is_available() else "cpu"))
             if metafunc.config.getoption("--tiny"):
                 found = list(dict.fromkeys(map(cases.shrink, found)))
             metafunc.parametrize(name, found, ids=str)
@@ -180,6 +197,31 @@ def _lines(case: Case, best: dict[str, float]):
         yield f"    {name:<26}{told}"
 
 
+def _write_results(config) -> None:
+    """All cases so far, for whoever is stopped before the end."""
+    path = config.getoption("--results")
+    if path and RESULTS:
+        best = config.stash.get(ROOFLINE, {})
+        record = {**_machine(), "best": best, "not_begun": config.stash.get(LATE, [])}
+        record["cases"] = [_record(case, best) for case in RESULTS]
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        atomic_write(path, json.dumps(record, indent=1) + "\n")
+
+
+@pytest.fixture(autouse=True)
+def results(request, device):
+    """After every case its lines are printed, what there is is written, and the device's memory is let go."""
+    before = len(RESULTS)
+    yield
+    _write_results(request.config)
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        for case in RESULTS[before:]:
+            print("\n".join(["", *_lines(case, request.config.stash.get(ROOFLINE, {}))]), flush=True)
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def pytest_terminal_summary(terminalreporter, config):
     if not RESULTS:
         return
@@ -196,9 +238,6 @@ def pytest_terminal_summary(terminalreporter, config):
     late = config.stash.get(LATE, [])
     if late:
         write(f"not begun, out of time: {', '.join(late)}")
-    path = config.getoption("--results")
-    if path:
-        record = {**machine, "best": best, "not_begun": late, "cases": [_record(case, best) for case in RESULTS]}
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        atomic_write(path, json.dumps(record, indent=1) + "\n")
-        write(f"written to {path}")
+    _write_results(config)
+    if config.getoption("--results"):
+        write(f"written to {config.getoption('--results')}")

@@ -14,13 +14,14 @@ from torch import Tensor
 from mllmcl_kernels.library import BACKENDS
 from mllmcl_kernels.op import Op
 from mllmcl_kernels.testing import excess
+from mllmcl_kernels.tuning import table_path, tune
 
-__all__ = ["RESULTS", "Case", "best_seconds", "misses", "other_backends", "providers_used", "race"]
+__all__ = ["RESULTS", "Case", "best_seconds", "misses", "other_backends", "providers_used", "race", "tuned"]
 
 #: entries of a tensor that the error rule looks at, in regular steps
 MOST_CHECKED = 1_000_000
 #: a case ends after so many seconds once it has the rounds that a percentile needs
-ENOUGH_SECONDS, ENOUGH_ROUNDS = 8.0, 9
+ENOUGH_SECONDS, ENOUGH_ROUNDS = {"cpu": 8.0, "cuda": 3.0}, 9
 
 
 @dataclass
@@ -116,17 +117,37 @@ def _seconds(run: Callable[[], object], device: torch.device, flush: Tensor | No
     return begin.elapsed_time(end) / 1e3
 
 
+def tuned(case: Case, run: Callable[[], object], device: torch.device, name: str = "ours") -> None:
+    """On a GPU let `run` find its launch parameters, and note what it took before and what was found."""
+    if device.type != "cuda" or table_path(device) is None:
+        return
+    run()
+    case.notes[f"{name} before tuning, ms"] = 1e3 * statistics.median(_seconds(run, device, None) for _ in range(20))
+    for key, numbers in tune(run).items():
+        case.notes[f"tuned {key}"] = " ".join(map(str, numbers))
+
+
 def race(case: Case, contestants: dict[str, Callable], device: torch.device, rounds: int, warm: int = 2) -> Case:
-    """Run every contestant once a round, in an order that turns, and keep what all rounds say."""
-    for run in contestants.values():
-        for _ in range(warm):
-            run()
+    """Run every contestant once a round, in an order that turns, and keep what all rounds say.
+
+    A peer that fails at the first try is left out and told; ours fails the case.
+    """
+    contestants = dict(contestants)
+    for name, run in list(contestants.items()):
+        try:
+            for _ in range(warm):
+                run()
+        except Exception as error:
+            if name.startswith("ours"):
+                raise
+            case.refused[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            del contestants[name]
     flush = torch.empty(256 * 2**20, dtype=torch.uint8, device=device) if device.type == "cuda" else None
     times: dict[str, list[float]] = {name: [] for name in contestants}
     names = list(contestants)
     began = time.monotonic()
     for turn in range(rounds):
-        if turn >= ENOUGH_ROUNDS and time.monotonic() - began > ENOUGH_SECONDS:
+        if turn >= ENOUGH_ROUNDS and time.monotonic() - began > ENOUGH_SECONDS[device.type]:
             break
         case.rounds = turn + 1
         first = turn % len(names)

@@ -6,15 +6,15 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 __all__ = [
     "Restoring",
     "base",
     "by_expert",
+    "chosen",
     "eager_router",
     "loop_over_experts",
-    "peft_linear",
     "routed_by_hand",
     "stacked",
 ]
@@ -26,7 +26,7 @@ def loop_over_experts(x, weight, bias, a, b, gates, rank: int, scaling: float, d
     for expert in range(gates.shape[-1]):
         rows = slice(expert * rank, (expert + 1) * rank)
         dropped = F.dropout(x, dropout) if dropout else x
-        y = y + F.linear(F.linear(dropped, a[rows]), b[:, rows]) * scaling * gates[:, expert, None]
+        y += F.linear(F.linear(dropped, a[rows]), b[:, rows]) * scaling * gates[:, expert, None]
     return y
 
 
@@ -51,25 +51,6 @@ def base(x, weight, bias, *_rest, **_options):
     return F.linear(x, weight, bias)
 
 
-def peft_linear(weight: Tensor, bias: Tensor, a: Tensor, b: Tensor, scaling: float) -> tuple[nn.Module, list[Tensor]]:
-    """PEFT's LoRA layer for one adapter with these very weights, and its two trainable tensors."""
-    from peft import LoraConfig, inject_adapter_in_model
-
-    holder = nn.Module()
-    holder.layer = nn.Linear(weight.shape[1], weight.shape[0], device=weight.device, dtype=weight.dtype)
-    with torch.no_grad():
-        holder.layer.weight.copy_(weight)
-        holder.layer.bias.copy_(bias)
-    rank = a.shape[0]
-    config = LoraConfig(r=rank, lora_alpha=scaling * rank, target_modules=["layer"])
-    layer = inject_adapter_in_model(config, holder).layer.to(weight.dtype)
-    adapters = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
-    with torch.no_grad():
-        adapters[0].copy_(a)
-        adapters[1].copy_(b)
-    return layer, adapters
-
-
 def eager_router(x, weight, top_k: int):
     """Softmax, top-k, renormalised, dense gates, load-balance and z loss in plain torch."""
     # float32 or better
@@ -82,6 +63,11 @@ def eager_router(x, weight, top_k: int):
     load = torch.zeros_like(probs).scatter(-1, indices, 1.0).sum(0)
     balance = probs.shape[-1] * ((load / load.sum()).detach() * probs.mean(0)).sum()
     return gates, balance + torch.logsumexp(logits, -1).square().mean()
+
+
+def chosen(x, weight, top_k: int):
+    """Values and indices of the k largest softmax scores."""
+    return torch.topk(torch.softmax(F.linear(x, weight).float(), -1), top_k, dim=-1)
 
 
 def routed_by_hand(mix, x, weight, bias, a, b, router, rank: int, scaling: float, top_k: int | None):

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from mllmcl_kernels import distillation_loss, soft_target_cross_entropy, teacher_top_k
 from mllmcl_kernels.op import REGISTRY
 
+from . import packages
 from .cases import LossCase
 from .measuring import RESULTS, Case, misses, other_backends, providers_used, race
 from .mixing import step, values_and_gradients
@@ -117,7 +118,15 @@ def test_linear_loss(benchmark, loss_case: LossCase, given, device, dtype, round
         field[f"ours ({backend})"] = lambda backend=backend: ours(**tensors, backend=backend)
     field["logits"] = lambda: plain(**tensors)
     field["logits in parts"] = lambda: parts(**tensors)
-    record.refused = {name: reason for name, reason in refused.items() if reason}
+    if case.loss == "soft targets":
+        smoothing = ALPHA * case.vocabulary / (case.vocabulary - 1)
+
+        def liger():
+            return packages.liger_cross_entropy(*tensors.values(), target, smoothing)
+
+        others = (field, record.refused, "Liger", "liger_kernel", device)
+        packages.add_optional(*others, lambda: liger, lambda: plain(**tensors))
+    record.refused |= {name: reason for name, reason in refused.items() if reason}
     steps = {name: step(run, [tensors["hidden"]], one) for name, run in field.items() if name not in record.refused}
     record.notes = {f"{name}, bytes at the peak": peak_bytes(run, device) for name, run in steps.items()}
     race(record, steps, device, rounds)

@@ -9,9 +9,9 @@ import torch
 from mllmcl_kernels import lora_mix
 from mllmcl_kernels.op import REGISTRY
 
-from . import peers
+from . import packages, peers
 from .cases import MixCase, shrink
-from .measuring import RESULTS, Case, misses, other_backends, providers_used, race
+from .measuring import RESULTS, Case, misses, other_backends, providers_used, race, tuned
 from .mixing import SCALING, captured, layer, step, useful_flops, values_and_gradients
 
 NAMES = ("y", "dx", "da", "db", "dgates")
@@ -37,6 +37,36 @@ def dense_gates(case: MixCase, tensors: dict) -> torch.Tensor:
     return rows.repeat_interleave(case.tokens // case.samples, 0)
 
 
+def _add_grouped(field: dict, case: MixCase, tensors: dict, record: Case) -> None:
+    """For one expert a sample: what takes each expert's tokens alone."""
+    x, weight, bias, a, b = (tensors[key] for key in ("x", "weight", "bias", "a", "b"))
+    experts, rank, device = case.experts, case.rank, x.device
+    ids = tensors["ids"].repeat_interleave(case.tokens // case.samples)
+    if not case.graph:
+        # it asks the host which experts there are
+        field["tokens by expert"] = lambda: peers.by_expert(x, weight, bias, a, b, ids, rank=rank, scaling=SCALING)
+
+    def like():
+        return peers.stacked(x, weight, bias, a, b, dense_gates(case, tensors), rank=rank, scaling=SCALING)
+
+    a_eKr = a.detach().view(experts, rank, -1).transpose(1, 2).requires_grad_()
+    b_erN = b.detach().view(-1, experts, rank).permute(1, 2, 0).contiguous().requires_grad_()
+    tensors["grouped"] = [a_eKr, b_erN]
+    ones = torch.ones(case.tokens, 1, device=device)
+
+    def grouped():
+        return packages.torch_grouped_mix(x, weight, bias, a_eKr, b_erN, ones, ids[:, None], SCALING)
+
+    packages.add_optional(field, record.refused, "torch grouped_mm", "torch", device, lambda: grouped, like)
+    if not case.backward and not case.graph:
+        rows, stacked_a = x.detach().view(case.samples, -1, case.width), a_eKr.detach().contiguous()
+        packages.add_optional(
+            field, record.refused, "polylora", "polylora", device,
+            lambda: packages.polylora_forward(rows, weight, bias, stacked_a, b_erN.detach(), tensors["ids"], SCALING),
+            like,
+        )  # fmt: skip
+
+
 def contestants(case: MixCase, tensors: dict, record: Case) -> dict:
     """Every forward that can run the case, ours first, each with the gates in the layout that suits it."""
     x, weight, bias, a, b = (tensors[key] for key in ("x", "weight", "bias", "a", "b"))
@@ -51,13 +81,14 @@ def contestants(case: MixCase, tensors: dict, record: Case) -> dict:
     field["loop over experts"] = lambda: peers.loop_over_experts(x, weight, bias, a, b, dense, **dropping)
     field["stacked"] = lambda: peers.stacked(x, weight, bias, a, b, dense, **dropping)
     if case.gates == "sample":
-        ids = tensors["ids"].repeat_interleave(case.tokens // case.samples)
-        field["tokens by expert"] = lambda: peers.by_expert(x, weight, bias, a, b, ids, **options)
+        _add_grouped(field, case, tensors, record)
     if case.experts == 1 and not case.dropout:
         if importlib.util.find_spec("peft") is not None:
-            module, adapters = peers.peft_linear(weight, bias, a.detach(), b.detach(), SCALING)
-            tensors["peft"] = adapters
-            field["PEFT"] = lambda: module(x)
+            for name, (module, adapters) in packages.peft_linears(
+                weight, bias, a.detach(), b.detach(), SCALING
+            ).items():
+                tensors[name] = adapters
+                field[name] = lambda module=module: module(x)
         else:
             record.refused["PEFT"] = "the package peft is not installed"
     if case.compiled:
@@ -106,9 +137,11 @@ def test_lora_mix(benchmark, mix_case: MixCase, device, dtype, rounds):
             record.refused[name] = why
             del field[name]
     leaves = [tensors[key] for key in ("x", "a", "b", "gates") if tensors[key] is not None]
-    leaves += tensors.get("peft", [])
+    leaves += [leaf for name in ("grouped", "PEFT", "PEFT, adapters not cast") for leaf in tensors.get(name, [])]
     dy = tensors["dy"] if case.backward else None
     steps = {name: step(run, leaves, dy) for name, run in field.items()}
+    if "ours" in steps:
+        tuned(record, steps["ours"], device)
     if case.graph:
         for name in list(steps):
             try:

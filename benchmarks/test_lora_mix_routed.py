@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
+import torch
+
 from mllmcl_kernels import lora_mix, lora_mix_routed, route
 from mllmcl_kernels.op import REGISTRY
 
-from . import peers
+from . import packages, peers
 from .cases import MixCase
-from .measuring import RESULTS, Case, misses, other_backends, providers_used, race
+from .measuring import RESULTS, Case, misses, other_backends, providers_used, race, tuned
 from .mixing import SCALING, layer, step, useful_flops, values_and_gradients
 
 NAMES = ("y", "dx", "da", "db", "drouter")
+
+
+def add_grouped(field: dict, case: MixCase, given: dict, record: Case, like) -> list[torch.Tensor]:
+    """Peers that take each expert's tokens alone, and their adapters in the layout that suits their products."""
+    x, weight, bias, a, b, router = (given[key] for key in ("x", "weight", "bias", "a", "b", "router"))
+    a_erK = a.detach().view(case.experts, case.rank, -1).requires_grad_()
+    b_erN = b.detach().view(-1, case.experts, case.rank).permute(1, 2, 0).contiguous().requires_grad_()
+    b_eNr = b_erN.detach().transpose(1, 2).contiguous().requires_grad_()
+
+    def torch_grouped():
+        values, indices = peers.chosen(x, router, case.top_k)
+        return packages.torch_grouped_mix(x, weight, bias, a_erK.transpose(1, 2), b_erN, values, indices, SCALING)
+
+    def moe_ops():
+        values, indices = peers.chosen(x, router, case.top_k)
+        return packages.moe_ops_mix(x, weight, bias, a_erK, b_eNr, values, indices, SCALING)
+
+    packages.add_optional(field, record.refused, "torch grouped_mm", "torch", x.device, lambda: torch_grouped, like)
+    packages.add_optional(field, record.refused, "moe-ops", "moe_ops", x.device, lambda: moe_ops, like)
+    return [a_erK, b_erN, b_eNr]
 
 
 def test_lora_mix_routed(benchmark, routed_case: MixCase, device, dtype, rounds):
@@ -57,7 +79,12 @@ def test_lora_mix_routed(benchmark, routed_case: MixCase, device, dtype, rounds)
         "base linear": lambda: peers.base(*(given[key] for key in ("x", "weight", "bias"))),
     }
     leaves = [given[key] for key in ("x", "a", "b", "router")]
-    steps = {name: step(run, leaves, tensors["dy"]) for name, run in field.items() if name not in record.refused}
+    if case.top_k:
+        leaves += add_grouped(field, case, given, record, lambda: stacked(**given))
+    dy = tensors["dy"] if case.backward else None
+    steps = {name: step(run, leaves, dy) for name, run in field.items() if name not in record.refused}
+    if "ours" in steps:
+        tuned(record, steps["ours"], device)
     race(record, steps, device, rounds)
     benchmark.extra_info["interleaved seconds"] = record.seconds
     assert "ours" not in record.refused, record.refused["ours"]

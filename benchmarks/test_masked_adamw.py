@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mllmcl_kernels import Mask, MaskedAdamW
 
-from . import peers
+from . import packages, peers
 from .cases import ListCase
 from .lists import masks_of
 from .measuring import RESULTS, Case, misses, providers_used, race
@@ -49,7 +49,7 @@ def refused(params: list[Tensor], masks: list[Mask | None]) -> str | None:
     return misses(*active, [f"parameter {place}" for place in range(len(few))])
 
 
-def contestants(params: list[Tensor], masks: list[Mask | None]) -> dict:
+def contestants(params: list[Tensor], masks: list[Mask | None], record: Case) -> dict:
     """Every optimizer on parameters of its own, which all start alike."""
     ours = MaskedAdamW(params, **OPTIONS)
     for param, mask in zip(params, masks, strict=True):
@@ -57,6 +57,10 @@ def contestants(params: list[Tensor], masks: list[Mask | None]) -> dict:
     field = {"ours": ours.step, "torch fused": torch.optim.AdamW(copies(params), **OPTIONS, fused=True).step}
     if masks[0] is None:
         field["torch foreach"] = torch.optim.AdamW(copies(params), **OPTIONS, foreach=True).step
+        for name, make in (("optimi", packages.optimi_adamw), ("bitsandbytes", packages.bitsandbytes_adamw)):
+            packages.add_optional(
+                field, record.refused, name, name, params[0].device, lambda make=make: make(copies(params), OPTIONS)
+            )
         field["torch for-loop"] = torch.optim.AdamW(copies(params), **OPTIONS, foreach=False, fused=False).step
     else:
         others = copies(params)
@@ -81,7 +85,7 @@ def test_masked_adamw(benchmark, adamw_case: ListCase, device, rounds):
     if reason:
         record.refused["ours"] = reason
     assert reason is None, reason
-    field = contestants(params, masks)
+    field = contestants(params, masks, record)
     race(record, field, device, max(3, rounds * 2 // 3))
     benchmark.extra_info["interleaved seconds"] = record.seconds
     benchmark.pedantic(field["ours"], rounds=3)

@@ -7,7 +7,7 @@ import torch
 from mllmcl_kernels import route
 from mllmcl_kernels.op import REGISTRY
 
-from . import peers
+from . import packages, peers
 from .cases import RouteCase
 from .measuring import RESULTS, Case, misses, other_backends, providers_used, race
 from .mixing import values_and_gradients
@@ -52,7 +52,14 @@ def test_route(benchmark, route_case: RouteCase, device, dtype, rounds):
         refused[name] = misses(found, usual, truth, NAMES)
         field[name] = lambda backend=backend: ours(**given, backend=backend)
     field["plain torch"] = lambda: eager(**given)
-    record.refused = {name: reason for name, reason in refused.items() if reason}
+
+    def moe_ops(x, weight):
+        gates, losses = packages.moe_ops_router(x, weight, case.top_k)
+        return (gates * pull).sum() + losses
+
+    add = (field, record.refused)
+    packages.add_optional(*add, "moe-ops", "moe_ops", device, lambda: lambda: moe_ops(**given), lambda: eager(**given))
+    record.refused |= {name: reason for name, reason in refused.items() if reason}
 
     def step(run):
         def once():

@@ -19,7 +19,7 @@ from pathlib import Path
 README = Path(__file__).parents[1] / "README.md"
 BENCHMARKS = README.parent / "benchmarks" / "README.md"
 #: contestants that do less, or that are ours
-NO_PEERS = ("base linear", "route, then lora_mix")
+NO_PEERS = ("base linear", "base model", "base product", "route, then lora_mix")
 PROVIDERS = {"C++": "cpp", "Triton": "triton", "CUDA C++": "cuda"}
 
 
@@ -70,9 +70,12 @@ def _raced() -> Iterator[tuple[list[str], list[str]]]:
         found = json.loads(path.read_text())
         device = f"{found['device']}, {found['date'][:10]}"
         for case in found["cases"]:
-            if not case["peer_over_ours"] or case["op"] == "training step":
+            if case["op"] == "training step":
                 continue
-            peers = {name: ratio for name, ratio in case["peer_over_ours"].items() if name not in NO_PEERS}
+            ratios = case["peer_over_ours"].items()
+            peers = {name: ratio for name, ratio in ratios if name not in NO_PEERS and not name.startswith("ours")}
+            if not peers:
+                continue
             best = min(peers, key=peers.get)
             loop = next((f"{ratio:.2f}x" for name, ratio in peers.items() if name.startswith("loop")), "")
             ours = 1e3 * case["seconds"]["ours"]["median"]

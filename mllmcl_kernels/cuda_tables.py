@@ -35,15 +35,36 @@ def chunk_starts(sizes: Sequence[int], chunk: int = CHUNK) -> list[tuple[int, in
     return [(index, start) for index, size in enumerate(sizes) for start in range(0, size, chunk)]
 
 
-@functools.lru_cache(maxsize=32)
-def tables(entries: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """The tables as int64 on the device: `[n, 10]` and `[c, 2]`.
+# host memory that a captured CUDA graph copies from at every replay
+_kept_for_replays: list[Tensor] = []
 
-    Copied from pinned memory without a host wait, and kept while addresses, sizes and masks stay what they are.
+
+def _on_device(values: Sequence[tuple[int, ...]], width: int, device: torch.device) -> Tensor:
+    """int64 [n, width], copied from pinned memory without a host wait."""
+    host = torch.tensor(values, dtype=torch.int64).reshape(-1, width).pin_memory()
+    if torch.cuda.is_current_stream_capturing():
+        _kept_for_replays.append(host)
+    return host.to(device, non_blocking=True)
+
+
+def _entry_table(entries: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    return _on_device(entries, 10, device)
+
+
+def _chunk_table(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    return _on_device(chunk_starts(sizes), 2, device)
+
+
+# gradients may move from step to step, their sizes do not
+_cached_entries, _cached_chunks = functools.lru_cache(32)(_entry_table), functools.lru_cache(32)(_chunk_table)
+
+
+def tables(entries: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The tables as int64 on the device: `[n, 10]` and `[c, 2]`, each kept while what it is made of stays the same.
+
+    A captured CUDA graph makes its own, since they live in its memory.
     """
-    starts = chunk_starts([row[5] for row in entries])
-    made = []
-    for values, width in ((entries, 10), (starts, 2)):
-        host = torch.tensor(values, dtype=torch.int64).reshape(-1, width).pin_memory()
-        made.append(host.to(device, non_blocking=True))
-    return made[0], made[1]
+    sizes = tuple(row[5] for row in entries)
+    if torch.cuda.is_current_stream_capturing():
+        return _entry_table(entries, device), _chunk_table(sizes, device)
+    return _cached_entries(entries, device), _cached_chunks(sizes, device)

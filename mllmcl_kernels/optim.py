@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .checks import expect, expect_number
+from .faults import poll_faults
 from .masks import Mask, flatten_masks
 from .ops.masked_adamw import masked_adamw_op
 
@@ -161,6 +162,8 @@ class MaskedAdamW(torch.optim.Optimizer):
                 loss = closure()
         if self._only_initialises():
             return loss
+        if torch.cuda.is_initialized() and not torch.compiler.is_compiling():
+            poll_faults(torch.device("cuda", torch.cuda.current_device()))
         scale = expect_number("MaskedAdamW", "grad_scale", self._scale())
         # what is known counts while the states are the very ones that it was learnt from
         if not (_same(self.state.keys(), self._states[0]) and _same(self.state.values(), self._states[1])):

@@ -21,7 +21,6 @@ from .checks import dtypes_in
 from .dropout import COLUMN_STEP, ROW_STEP
 from .library import debug_checks
 from .masks import NONE, OWNER
-from .tuning import bucket, pick_tile
 
 __all__ = [
     "CHUNK",
@@ -44,7 +43,6 @@ __all__ = [
     "dot_precision",
     "dtype_reason",
     "dtypes_reason",
-    "dual_product",
     "gate_tile",
     "grouped_product",
     "is_wide",
@@ -54,6 +52,7 @@ __all__ = [
     "lane_softmax_step",
     "launch",
     "lives_there",
+    "note_wrong_ids",
     "num_processors",
     "power_of_two",
     "raise_for_ids",
@@ -126,6 +125,14 @@ def gate_tile(
     else:
         factor = tl.where(row_mask[:, None], scale[None, :], 0.0)
     return factor
+
+
+@triton.jit
+def note_wrong_ids(flag_ptr, gates_ptr, rows, row_mask, run, num_experts):
+    """Raise the flag to 1 + the highest position of an id outside -1..E-1; nothing is written where there is none."""
+    ids = tl.load(gates_ptr + rows // run, mask=row_mask, other=-1).to(tl.int64)
+    wrong = row_mask & ((ids < -1) | (ids >= num_experts))
+    tl.atomic_max(flag_ptr + tl.zeros_like(rows), rows // run + 1, mask=wrong)
 
 
 @triton.jit
@@ -287,7 +294,7 @@ def dtypes_reason(*lists: Sequence[Tensor]) -> str | None:
 
 
 def raise_for_ids(op: str, gates: Tensor | None, experts: int) -> None:
-    """With MLLMCL_DEBUG=1 wait for the device and raise for an id outside -1..E-1; else it selects no expert."""
+    """With MLLMCL_DEBUG=1 wait for the device and raise for an id outside -1..E-1; else see `faults`."""
     if gates is None or gates.is_floating_point() or not debug_checks() or gates.numel() == 0:
         return
     wrong = (gates < -1) | (gates >= experts)
@@ -310,100 +317,6 @@ def rank_tables(
             torch.tensor([scaling[expert] for expert in owner], dtype=torch.float32, device=device),
             torch.tensor(starts, dtype=torch.int32, device=device),
         )
-
-
-# -- a product of two pairs of factors -------------------------------------------------------------------------------
-
-
-@triton.jit
-def _dual_product_kernel(
-    y_ptr, x_ptr, weight_ptr, mixed_ptr, b_ptr, bias_ptr, T, N, K, R, stride_xt, stride_wn, stride_mt, stride_bn,
-    HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """y = [x | s * G] [W | B]^T + b: one loop whose source changes after K, so that the pipeline never drains."""
-    pid = tl.program_id(0)
-    blocks_t, blocks_n = tl.cdiv(T, BLOCK_T), tl.cdiv(N, BLOCK_N)
-    # GROUP blocks of rows take turns over the columns, so that W stays in L2
-    group = pid // (GROUP * blocks_n)
-    height = tl.minimum(blocks_t - group * GROUP, GROUP)
-    inner = pid % (GROUP * blocks_n)
-    rows = (group * GROUP + inner % height).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    cols = (inner // height).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_mask, col_mask = rows < T, cols < N
-    blocks_k = tl.cdiv(K, BLOCK_K)
-    acc = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
-    for block in range(0, blocks_k + tl.cdiv(R, BLOCK_K)):
-        base = block < blocks_k
-        start = tl.where(base, block, block - blocks_k) * BLOCK_K
-        ks = start + tl.arange(0, BLOCK_K)
-        inside = ks < tl.where(base, K, R)
-        left_ptr = tl.where(base, x_ptr, mixed_ptr)
-        right_ptr = tl.where(base, weight_ptr, b_ptr)
-        left = tl.load(
-            left_ptr + rows[:, None] * tl.where(base, stride_xt, stride_mt) + ks[None, :],
-            mask=row_mask[:, None] & inside[None, :],
-            other=0.0,
-        )
-        right = tl.load(
-            right_ptr + cols[None, :] * tl.where(base, stride_wn, stride_bn) + ks[:, None],
-            mask=inside[:, None] & col_mask[None, :],
-            other=0.0,
-        )
-        acc = dot(left, right, acc, PRECISION)
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
-    y = acc.to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + rows[:, None] * N + cols[None, :], y, mask=row_mask[:, None] & col_mask[None, :])
-
-
-@dataclass(frozen=True)
-class DualTiles:
-    """Tiles of the dual-source product: m rows, n columns, k of the contraction."""
-
-    hopper: Tiles
-    #: before Hopper accumulators live with the operands in registers
-    ampere: Tiles
-
-
-DUAL_TILES = DualTiles(
-    hopper=Tiles(
-        small=(Tile(16, 64, 128, 4, 4), Tile(64, 64, 64, 4, 4)),
-        medium=(Tile(64, 128, 64, 4, 3), Tile(64, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3)),
-        large=(Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 4), Tile(128, 256, 64, 8, 4)),
-        float32=(Tile(64, 64, 32, 8, 2),),
-    ),
-    ampere=Tiles(
-        small=(Tile(16, 64, 128, 4, 4), Tile(64, 64, 64, 4, 4)),
-        medium=(Tile(64, 128, 64, 4, 3), Tile(128, 128, 64, 8, 3)),
-        large=(Tile(128, 128, 64, 8, 3), Tile(128, 256, 32, 8, 4)),
-        float32=(Tile(64, 64, 32, 8, 2),),
-    ),
-)
-
-
-def dual_product(x: Tensor, weight: Tensor, bias: Tensor | None, mixed: Tensor, lora_b: Tensor) -> Tensor:
-    """x W^T + b + mixed B^T in one kernel that writes its result once: [T, N].
-
-    x [T, K], weight [N, K], bias [N] or None, mixed [T, R], lora_b [N, R], all of one dtype.
-    """
-    x, weight, mixed, lora_b = (tensor.contiguous() for tensor in (x, weight, mixed, lora_b))
-    (tokens, width), (out, rank) = x.shape, lora_b.shape
-    y = x.new_empty(tokens, out)
-
-    def run(tile: Tile) -> None:
-        launch(
-            _dual_product_kernel, (ceil_div(tokens, tile.m) * ceil_div(out, tile.n),),
-            y, x, weight, mixed, lora_b, weight if bias is None else bias.contiguous(), tokens, out, width, rank,
-            x.stride(0), weight.stride(0), mixed.stride(0), lora_b.stride(0),
-            HAS_BIAS=bias is not None, PRECISION=dot_precision(), GROUP=8,
-            BLOCK_T=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, warps=tile.warps, stages=tile.stages,
-        )  # fmt: skip
-
-    table = DUAL_TILES.hopper if compute_capability(x.device) >= 9 else DUAL_TILES.ampere
-    key = ("dual_product", bucket(tokens), width, out, rank, x.dtype)
-    run(pick_tile(key, table.candidates(tokens, x.dtype), x.device, run))
-    return y
 
 
 # -- products of many pairs in one launch ----------------------------------------------------------------------------

@@ -20,6 +20,11 @@ using Dtype = torch::headeronly::ScalarType;
 
 inline void need(bool condition, const char* what) { STD_TORCH_CHECK(condition, "mllmcl_cuda: ", what); }
 
+// launches go to the current device: while one of these lives, that is the tensor's
+struct OnDeviceOf : torch::stable::accelerator::DeviceGuard {
+  explicit OnDeviceOf(const Tensor& tensor) : DeviceGuard(tensor.get_device_index()) {}
+};
+
 // the stream that torch works on, on the tensor's device
 inline cudaStream_t stream_of(const Tensor& tensor) {
   void* stream = nullptr;

@@ -41,38 +41,52 @@ __device__ Adam constants(const Numbers& n) {
           static_cast<float>(1.0 / sqrt(1.0 - pow(n.beta2, step))), static_cast<float>(scale)};
 }
 
+// the entry's mask row of number `at`; a division of 64 bits costs more than the memory it waits for
+__device__ int64_t row_of(const Entry& e, int64_t at) {
+  if (e.numel >= (int64_t{1} << 32)) return at / e.inner % e.rows;
+  return static_cast<uint32_t>(at) / static_cast<uint32_t>(e.inner) % static_cast<uint32_t>(e.rows);
+}
+
 // which of the four numbers from `at` on may change, as bits
 __device__ unsigned kept(const Entry& e, int64_t at, int count) {
   if (e.kind == kNone) return (1u << count) - 1u;
   const auto* mask = reinterpret_cast<const uint8_t*>(e.mask);
+  // `at` is a multiple of four, so that the four lie in one row where the rows' length is
+  if (e.kind >= 0 && e.inner % 4 == 0) return mask[row_of(e, at)] != 0 ? (1u << count) - 1u : 0u;
   unsigned bits = 0;
-  for (int i = 0; i < count; ++i) {
-    const int64_t place = e.kind < 0 ? at + i : (at + i) / e.inner % e.rows;
-    const uint8_t value = mask[place];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (i >= count) break;
+    const uint8_t value = mask[e.kind < 0 ? at + i : row_of(e, at + i)];
     const bool keep = e.kind == kOwner ? value == static_cast<uint8_t>(e.active) : value != 0;
     bits |= static_cast<unsigned>(keep) << i;
   }
   return bits;
 }
 
+// registers have no addresses: every index below is a constant once the loops are unrolled
 template <class T>
 __device__ void load_four(const T* from, int count, float* out) {
   if (count == 4 && reinterpret_cast<uintptr_t>(from) % sizeof(Four<T>) == 0) {
     const Four<T> four = *reinterpret_cast<const Four<T>*>(from);
+#pragma unroll
     for (int i = 0; i < 4; ++i) out[i] = to_float(four.value[i]);
   } else {
+#pragma unroll
     for (int i = 0; i < 4; ++i) out[i] = i < count ? to_float(from[i]) : 0.0f;
   }
 }
 
 template <class T>
-__device__ void store_four(T* to, int count, unsigned bits, const float* values) {
-  if (bits == 15u && count == 4 && reinterpret_cast<uintptr_t>(to) % sizeof(Four<T>) == 0) {
+__device__ void store_four(T* to, unsigned bits, const float* values) {
+  if (bits == 15u && reinterpret_cast<uintptr_t>(to) % sizeof(Four<T>) == 0) {
     Four<T> four;
+#pragma unroll
     for (int i = 0; i < 4; ++i) from_float(values[i], &four.value[i]);
     *reinterpret_cast<Four<T>*>(to) = four;
   } else {
-    for (int i = 0; i < count; ++i)
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
       if (bits >> i & 1u) from_float(values[i], to + i);
   }
 }
@@ -100,15 +114,16 @@ __global__ void __launch_bounds__(kThreads) masked_adamw_kernel(const Entry* ent
     load_four(reinterpret_cast<const P*>(e.grad) + at, count, g);
     load_four(mean, count, m);
     load_four(square, count, v);
+#pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float grad = g[i] * a.scale;
       m[i] = m[i] * a.beta1 + grad * a.rest1;
       v[i] = v[i] * a.beta2 + grad * grad * a.rest2;
       p[i] = p[i] * a.rate_decay - a.step_size * m[i] / (sqrtf(v[i]) * a.inverse_root + a.eps);
     }
-    store_four(param, count, bits, p);
-    store_four(mean, count, bits, m);
-    store_four(square, count, bits, v);
+    store_four(param, bits, p);
+    store_four(mean, bits, m);
+    store_four(square, bits, v);
   }
 }
 
@@ -122,7 +137,7 @@ __global__ void __launch_bounds__(kThreads) mask_grads_kernel(const Entry* entri
   for (int64_t at = chunk.start + 4 * threadIdx.x; at < end; at += 4 * kThreads) {
     const int count = static_cast<int>(min(static_cast<int64_t>(4), end - at));
     const unsigned drop = ((1u << count) - 1u) & ~kept(e, at, count);
-    if (drop != 0) store_four(reinterpret_cast<T*>(e.grad) + at, count, drop, zeros);
+    if (drop != 0) store_four(reinterpret_cast<T*>(e.grad) + at, drop, zeros);
   }
 }
 
@@ -153,6 +168,7 @@ void masked_adamw(Tensor entries, Tensor chunks, int64_t chunk_size, int64_t par
   check_tables(entries, chunks);
   need(chunk_size > 0 && chunk_size % 4 == 0, "chunk_size must be a multiple of 4");
   if (chunks.size(0) == 0) return;
+  const OnDeviceOf device(entries);
   const Numbers numbers{device_number(step), device_number(lr), device_number(scale), step_value, lr_value, scale_value,
                         beta1, beta2, eps, weight_decay};
   if (param_dtype == 0) launch_adamw<float, float>(entries, chunks, chunk_size, numbers);
@@ -167,6 +183,7 @@ void mask_grads(Tensor entries, Tensor chunks, int64_t chunk_size, int64_t dtype
   check_tables(entries, chunks);
   need(chunk_size > 0 && chunk_size % 4 == 0, "chunk_size must be a multiple of 4");
   if (chunks.size(0) == 0) return;
+  const OnDeviceOf device(entries);
   const auto* table = static_cast<const Entry*>(entries.const_data_ptr());
   const auto* work = static_cast<const Chunk*>(chunks.const_data_ptr());
   const cudaStream_t stream = stream_of(entries);

@@ -195,6 +195,7 @@ void router_gates(Tensor logits, std::optional<Tensor> noise, std::optional<Tens
   need(indices.is_cuda() && indices.is_contiguous() && indices.scalar_type() == Dtype::Int &&
            indices.numel() == tokens * top_k, "indices must be int32 [T, k]");
   if (tokens == 0) return;
+  const OnDeviceOf device(logits);
   const Rule rule{static_cast<int>(experts), static_cast<int>(top_k), static_cast<int>(score), renormalize, straight};
   router_gates_kernel<<<blocks_for(tokens), 32 * kWarps, 0, stream_of(logits)>>>(
       from, jitter, may, stride, tokens, rule, static_cast<float*>(gates.mutable_data_ptr()),
@@ -216,6 +217,7 @@ void router_backward(Tensor d_gates, Tensor d_values, Tensor d_logits, Tensor d_
               *g = floats(gates, count, "gates"), *p = floats(probs, count, "probs");
   floats(d_scores, count, "d_scores");
   if (tokens == 0) return;
+  const OnDeviceOf device(gates);
   router_backward_kernel<<<blocks_for(tokens), 32 * kWarps, 0, stream_of(gates)>>>(
       a, b, c, d, g, static_cast<const int32_t*>(indices.const_data_ptr()), p, tokens, rule,
       static_cast<float>(inverse_temperature), static_cast<float*>(d_scores.mutable_data_ptr()));

@@ -374,30 +374,68 @@ def test_each_gradient_alone(wanted: int):
 @pytest.mark.parametrize("capability", [8, 9])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("tokens", [5, 70])
-def test_dual_source_product(tokens: int, dtype, capability: int):
-    """The product of two pairs of factors in place of linear and addmm_, ragged in every dimension."""
-    from mllmcl_kernels import triton_tools
-    from mllmcl_kernels.ops.lora_mix import triton as provider
+@pytest.mark.parametrize("name", ["lora_mix", "lora_mix_backward", "lora_mix_routed_backward"])
+@pytest.mark.parametrize("way", ["dual source", "by tensor maps", "slabs"])
+def test_ways_of_adding_a_product(name: str, way: str, tokens: int, dtype, capability: int):
+    """In place of two products on the whole: forward and, with the factors transposed, for dx; ragged throughout."""
+    from mllmcl_kernels import triton_expand
 
+    kind = {"dual source": triton_expand.DUAL, "by tensor maps": triton_expand.MAPS, "slabs": triton_expand.SLABS}[way]
+    chosen = triton_expand.Way(kind, 32 if way == "slabs" else 0)
     gates = torch.randn(tokens, 2, generator=torch.Generator().manual_seed(4))
-    args = layer_args(tokens, 150, 70, [3, 8], gates, dtype)
+    if name == "lora_mix":
+        args = layer_args(tokens, 150, 70, [3, 8], gates, dtype)
+    else:
+        args = REGISTRY[name].samples(CPU, dtype, 7)[0 if tokens == 5 else 1].args
+    used = []
+    run = triton_expand._run
     with (
-        mock.patch.object(provider, "choose_expand", lambda *_: "dual"),
-        mock.patch.object(triton_tools, "compute_capability", lambda device: capability),
+        mock.patch.object(triton_expand, "candidates", lambda *_: (chosen,)),
+        mock.patch.object(triton_expand, "_run", lambda *call: (used.append(call[0]), run(*call))[1]),
+        mock.patch.object(triton_expand, "compute_capability", lambda device: capability),
     ):
-        check(REGISTRY["lora_mix"], args)
+        check(REGISTRY[name], args)
+    assert used == [chosen] or (used == [] and name != "lora_mix")
 
 
 @inside
-def test_choice_of_the_expand_path():
-    """Arithmetic decides: a narrow layer pays for reading y again, a wide one does not."""
-    from mllmcl_kernels.ops.lora_mix.triton import choose_expand
+def test_what_can_add_a_product():
+    """torch's two products come first, so that they run where nothing was timed."""
+    from mllmcl_kernels.triton_expand import candidates
 
-    assert choose_expand(4096, 512, 128, torch.bfloat16) == "dual"
-    assert choose_expand(4096, 8192, 128, torch.bfloat16) == "addmm"
-    assert choose_expand(4096, 512, 120, torch.bfloat16) == "addmm"
-    assert choose_expand(4096, 512, 128, torch.float32) == "addmm"
-    assert choose_expand(64, 512, 128, torch.bfloat16) == "addmm"
+    def names(*size):
+        return [str(way) for way in candidates(*size, True)]
+
+    slabs, kernels = ["slabs of 1024", "slabs of 2048"], ["dual source", "dual source by tensor maps"]
+    assert names(4096, 8192, 128, torch.bfloat16) == ["two products", *slabs, *kernels]
+    assert names(4096, 512, 120, torch.bfloat16) == ["two products", *slabs]
+    assert names(4096, 512, 128, torch.float32) == names(64, 512, 128, torch.bfloat16) == ["two products"]
+    assert str(candidates(4096, 8192, 128, torch.bfloat16, False)[-1]) == kernels[0]
+
+
+@inside
+@pytest.mark.parametrize(("tokens", "width"), [(40, 64), (3, 4096)])
+def test_an_id_out_of_range_raises_the_flag(monkeypatch, tokens: int, width: int):
+    """With the product whole and in planes: the highest position is told once, the row is the base layer's."""
+    from mllmcl_kernels import faults
+
+    ids = torch.arange(tokens) % 2
+    x, weight, bias, a, b, _, *rest = layer_args(tokens, width, 24, [3, 8], ids, torch.float32)
+    op = REGISTRY["lora_mix"]
+    # what other tests have raised
+    monkeypatch.setattr(faults, "_watches", {})
+    for wrong in ([2, -2], [-3, 1 << 40]):
+        ids[torch.tensor([0, tokens - 2])] = torch.tensor(wrong)
+        y, _ = op(x, weight, bias, a, b, ids, *rest, backend="triton")
+        base = torch.nn.functional.linear(x, weight, bias)
+        assert torch.equal(y[[0, tokens - 2]], base[[0, tokens - 2]])
+        assert not torch.equal(y[-1], base[-1])
+        with pytest.raises(
+            ValueError, match=rf"lora_mix: gates must be ids in -1\.\.1; .* position {tokens - 2} was not"
+        ):
+            faults.raise_faults()
+    op(x, weight, bias, a, b, torch.arange(tokens) % 3 - 1, *rest, backend="triton")
+    faults.raise_faults()
 
 
 @inside
@@ -545,7 +583,10 @@ def test_kernels_run_with_the_tiles_that_tune_found(monkeypatch, tmp_path):
     assert {"lora_mix_shrink", "lora_mix_routed_shrink"} <= kernels
     tuned_grads, by_winners = traced()
     assert by_winners != by_default
-    assert [name for name, *_ in by_winners] == [name for name, *_ in by_default]
+    # by this clock the last candidate is the quickest: torch's product, and router and ranks one after the other
+    names = {name for name, *_ in by_winners}
+    assert {"_lora_mix_gate_kernel", "_lora_mix_bwd_gate_kernel", "_route_fwd_kernel"} <= names
+    assert not names & {"_lora_mix_shrink_kernel", "_lora_mix_bwd_rank_kernel", "_lora_mix_routed_shrink_kernel"}
     tuning.forget()
     assert traced()[1] == by_winners
     for ours, first, truth in zip(tuned_grads, grads, step("reference"), strict=True):

@@ -284,8 +284,8 @@ def lora_mix(
 
     Raises:
         TypeError, ValueError: a wrong type, dtype, device or shape, gates that do not broadcast, ranks that do not sum
-            to R, and, for ids on the CPU, an id outside -1..E-1 with its position. On other devices such an id selects
-            no expert.
+            to R, and, for ids on the CPU, an id outside -1..E-1 with its position. On a GPU such an id selects no
+            expert, and a later call or optimizer step raises it as an error, see `faults`.
 
     Under autocast x, weight, bias, lora_a and lora_b go to the autocast dtype and gates stay as they are. Products
     accumulate in float32 or better.

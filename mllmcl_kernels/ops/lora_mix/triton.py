@@ -1,8 +1,7 @@
 """`lora_mix` in Triton: skinny products in rank space with the gates in their epilogue, wide products in cuBLAS.
 
-Forward: one pass over x gives s and s * G; y is cuBLAS's x W^T + b and one more product added onto it, or one kernel
-whose contraction runs over (x, W) and then over (s * G, B). Backward: one pass over dy gives ds = (dy B) * G, s * G
-again and the gates' gradient. No atomics; every split of a contraction is added up in fixed order.
+Forward: one pass over x gives s and s * G; y by `triton_expand`. Backward: one pass over dy gives ds = (dy B) * G,
+s * G again and the gates' gradient. No atomics; every split of a contraction is added up in fixed order.
 """
 
 # T tokens, K in, N out, E experts, R sum of ranks; `run` consecutive tokens share a row of gates
@@ -13,12 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...dropout import threshold
+from ...faults import fault_flag
+from ...triton_expand import add_product
 from ...triton_tools import (
     EXPERT_IDS,
     NO_GATES,
@@ -29,10 +29,10 @@ from ...triton_tools import (
     dot,
     dot_precision,
     dtype_reason,
-    dual_product,
     gate_tile,
     keep_tile,
     launch,
+    note_wrong_ids,
     num_processors,
     power_of_two,
     raise_for_ids,
@@ -43,7 +43,7 @@ from ...triton_tools import (
 from ...tuning import bucket, pick_tile
 from . import lora_mix_backward_op, lora_mix_op
 
-__all__ = ["adapter_gradients", "choose_expand", "expand", "input_gradient", "rank_gradients", "trainable_runs"]
+__all__ = ["adapter_gradients", "input_gradient", "rank_gradients", "shrink", "trainable_runs"]
 
 _SOFT = tl.constexpr(SOFT_GATES)
 _IDS = tl.constexpr(EXPERT_IDS)
@@ -51,7 +51,7 @@ _IDS = tl.constexpr(EXPERT_IDS)
 
 @dataclass(frozen=True)
 class LoraMixTiles:
-    """Tiles by kernel, and what the choice of the expand path assumes of the machine."""
+    """Tiles by kernel."""
 
     #: m tokens, n ranks, k columns of x or dy
     rank: Tiles
@@ -63,16 +63,13 @@ class LoraMixTiles:
     #: m tokens, n ranks
     gate: Tile
     #: columns that a split of the contraction covers at least
-    least_split: int = 512
-    #: floating point operations an H100 does in bfloat16 while it moves a byte
-    balance: float = 266.0
-    #: throughput of the dual-source kernel over cuBLAS's, a cautious guess
-    dual_efficiency: float = 0.7
+    least_split: int = 256
 
 
 TILES = LoraMixTiles(
     rank=Tiles(
-        small=(Tile(16, 128, 128, 4, 3), Tile(16, 128, 64, 4, 4)),
+        # few tokens: many programs that each take a few ranks, since all of them wait for A
+        small=(Tile(16, 32, 128, 4, 3), Tile(16, 16, 256, 4, 3), Tile(16, 128, 128, 4, 3)),
         medium=(Tile(32, 256, 64, 4, 3), Tile(32, 128, 128, 4, 3), Tile(64, 128, 64, 4, 3)),
         large=(Tile(64, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(64, 128, 128, 4, 3)),
         float32=(Tile(32, 32, 32, 4, 2),),
@@ -89,7 +86,7 @@ TILES = LoraMixTiles(
 
 @triton.jit
 def _lora_mix_shrink_kernel(
-    x_ptr, a_ptr, s_ptr, mixed_ptr, planes_ptr, gates_ptr, owner_ptr, scale_ptr, seed_ptr,
+    x_ptr, a_ptr, s_ptr, mixed_ptr, planes_ptr, gates_ptr, owner_ptr, scale_ptr, seed_ptr, flag_ptr,
     T, K, R, run, num_experts, stride_xt, stride_xk, stride_ar, stride_ak,
     KIND: tl.constexpr, DROPS: tl.constexpr, THRESHOLD: tl.constexpr, KEEP_SCALE: tl.constexpr,
     SPLIT: tl.constexpr, PRECISION: tl.constexpr,
@@ -109,6 +106,8 @@ def _lora_mix_shrink_kernel(
     if SPLIT > 1:
         tl.store(planes_ptr + split.to(tl.int64) * T * R + places, acc, mask=inside)
     else:
+        if KIND == _IDS:
+            note_wrong_ids(flag_ptr, gates_ptr, rows, row_mask, run, num_experts)
         factor = gate_tile(
             gates_ptr, owner_ptr, scale_ptr, rows, cols, row_mask, col_mask, run, num_experts, KIND
         )  # fmt: skip
@@ -118,7 +117,7 @@ def _lora_mix_shrink_kernel(
 
 @triton.jit
 def _lora_mix_gate_kernel(
-    planes_ptr, s_ptr, mixed_ptr, gates_ptr, owner_ptr, scale_ptr, T, R, run, num_experts,
+    planes_ptr, s_ptr, mixed_ptr, gates_ptr, owner_ptr, scale_ptr, flag_ptr, T, R, run, num_experts,
     KIND: tl.constexpr, SPLIT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """s from its planes in fixed order and s * G; with SPLIT = 0 only s * G from s."""
@@ -133,6 +132,8 @@ def _lora_mix_gate_kernel(
         for split in range(SPLIT):
             s += tl.load(planes_ptr + tl.cast(split, tl.int64) * T * R + places, mask=inside, other=0.0)
         tl.store(s_ptr + places, s.to(s_ptr.dtype.element_ty), mask=inside)
+    if KIND == _IDS:
+        note_wrong_ids(flag_ptr, gates_ptr, rows, row_mask, run, num_experts)
     factor = gate_tile(
         gates_ptr, owner_ptr, scale_ptr, rows, cols, row_mask, col_mask, run, num_experts, KIND
     )  # fmt: skip
@@ -297,31 +298,50 @@ class _Gating:
     owner: Tensor
     scale: Tensor
     starts: Tensor
+    #: raised by ids out of range
+    flag: Tensor
 
 
 def _gating(gates: Tensor | None, ranks: Sequence[int], scaling: Sequence[float], x: Tensor) -> _Gating:
     owner, scale, starts = rank_tables(tuple(ranks), tuple(scaling), x.device)
     raise_for_ids("lora_mix", gates, len(ranks))
     if gates is None:
-        return _Gating(scale, NO_GATES, 1, len(ranks), owner, scale, starts)
+        return _Gating(scale, NO_GATES, 1, len(ranks), owner, scale, starts, starts)
     kind = SOFT_GATES if gates.is_floating_point() else EXPERT_IDS
     run = max(x.shape[0] // max(gates.shape[0], 1), 1)
-    return _Gating(gates.contiguous(), kind, run, len(ranks), owner, scale, starts)
+    flag = fault_flag("lora_mix", len(ranks), x.device) if kind == EXPERT_IDS else starts
+    return _Gating(gates.contiguous(), kind, run, len(ranks), owner, scale, starts, flag)
 
 
-def _rank_launch(name: str, tokens: int, width: int, rank: int, like: Tensor, run) -> None:
+def shrink(
+    x: Tensor, lora_a: Tensor, gates: Tensor | None, ranks: Sequence[int], scaling: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """s = x A^T and s * G, [T, R] in x's dtype."""
+    return _shrink(x, lora_a, None, 0.0, _gating(gates, ranks, scaling, x))
+
+
+#: torch's product in place of a tile of ours, with the gates in a kernel behind it
+TORCH = Tile(0, 0, 0, 0, 0)
+
+
+def _rank_launch(name: str, tokens: int, width: int, rank: int, like: Tensor, run, dropout: float = 0.0) -> None:
     """Run `run(tile, n, split)` with the tile for this size; splits where the tokens alone leave processors idle."""
 
     def attempt(tile: Tile) -> None:
+        if tile == TORCH:
+            return run(tile, 0, 0)
         n = min(tile.n, power_of_two(rank))
         programs = ceil_div(tokens, tile.m) * ceil_div(rank, n)
         split = 1
         while 2 * split * programs <= num_processors(like.device) and width // (2 * split) >= TILES.least_split:
             split *= 2
-        run(tile, n, split)
+        return run(tile, n, split)
 
-    key = (name, bucket(tokens), width, rank, like.dtype)
-    attempt(pick_tile(key, TILES.rank.candidates(tokens, like.dtype), like.device, attempt))
+    key = (name, bucket(tokens), width, rank, dropout > 0.0, like.dtype)
+    choices = TILES.rank.candidates(tokens, like.dtype)
+    if dropout == 0.0 and like.dtype != torch.float32:
+        choices = (*choices, TORCH)
+    attempt(pick_tile(key, choices, like.device, attempt))
 
 
 def _shrink(x: Tensor, lora_a: Tensor, seed: Tensor | None, dropout: float, by: _Gating) -> tuple[Tensor, Tensor]:
@@ -330,10 +350,14 @@ def _shrink(x: Tensor, lora_a: Tensor, seed: Tensor | None, dropout: float, by: 
     s, mixed = x.new_empty(tokens, rank), x.new_empty(tokens, rank)
 
     def run(tile: Tile, n: int, split: int) -> None:
+        if tile == TORCH:
+            torch.mm(x, lora_a.t(), out=s)
+            _mix(s, s, mixed, 0, by)
+            return
         planes = x.new_empty(split, tokens, rank, dtype=torch.float32) if split > 1 else s
         launch(
             _lora_mix_shrink_kernel, (ceil_div(tokens, tile.m) * ceil_div(rank, n), split),
-            x, lora_a, s, mixed, planes, by.gates, by.owner, by.scale, x if seed is None else seed,
+            x, lora_a, s, mixed, planes, by.gates, by.owner, by.scale, x if seed is None else seed, by.flag,
             tokens, width, rank, by.run, by.experts, *x.stride(), *lora_a.stride(),
             KIND=by.kind, DROPS=dropout > 0.0, THRESHOLD=threshold(dropout), KEEP_SCALE=1.0 / (1.0 - dropout),
             SPLIT=split, PRECISION=dot_precision(), BLOCK_T=tile.m, BLOCK_R=n, BLOCK_K=tile.k,
@@ -342,7 +366,7 @@ def _shrink(x: Tensor, lora_a: Tensor, seed: Tensor | None, dropout: float, by: 
         if split > 1:
             _mix(planes, s, mixed, split, by)
 
-    _rank_launch("lora_mix_shrink", tokens, width, rank, x, run)
+    _rank_launch("lora_mix_shrink", tokens, width, rank, x, run, dropout)
     return s, mixed
 
 
@@ -351,30 +375,9 @@ def _mix(planes: Tensor, s: Tensor, mixed: Tensor, split: int, by: _Gating) -> N
     n = min(tile.n, power_of_two(rank))
     launch(
         _lora_mix_gate_kernel, (ceil_div(tokens, tile.m) * ceil_div(rank, n),),
-        planes, s, mixed, by.gates, by.owner, by.scale, tokens, rank, by.run, by.experts,
+        planes, s, mixed, by.gates, by.owner, by.scale, by.flag, tokens, rank, by.run, by.experts,
         KIND=by.kind, SPLIT=split, BLOCK_T=tile.m, BLOCK_R=n, warps=tile.warps,
     )  # fmt: skip
-
-
-def choose_expand(tokens: int, width: int, rank: int, dtype: torch.dtype) -> str:
-    """ "addmm" or "dual": which way of adding (s * G) B^T costs less, as a share of the base product's time.
-
-    addmm_ reads and writes y once more, the dual-source kernel gives up cuBLAS's throughput. Below 512 tokens the base
-    product waits for W, not for arithmetic, and the formula says nothing. Triton loads wide only from rows whose length
-    is a multiple of 16.
-    """
-    if dtype == torch.float32 or tokens < 512 or rank % 16 != 0 or width % 16 != 0:
-        return "addmm"
-    addmm = (rank + 2.0 * TILES.balance) / width
-    dual = (1.0 + rank / width) / TILES.dual_efficiency - 1.0
-    return "dual" if dual < addmm else "addmm"
-
-
-def expand(x: Tensor, weight: Tensor, bias: Tensor | None, mixed: Tensor, lora_b: Tensor) -> Tensor:
-    """The base layer plus mixed B^T by the cheaper way: [T, N]."""
-    if choose_expand(x.shape[0], x.shape[1], lora_b.shape[1], x.dtype) == "dual":
-        return dual_product(x, weight, bias, mixed, lora_b)
-    return F.linear(x, weight, bias).addmm_(mixed, lora_b.t())
 
 
 def _supports(x, weight, bias, lora_a, lora_b, gates, *_rest) -> str | None:
@@ -388,7 +391,7 @@ def lora_mix_triton(x, weight, bias, lora_a, lora_b, gates, seed, ranks, scaling
     """One pass over x for s and s * G, then y."""
     gates = gates if gates is None or not gates.is_floating_point() else gates.float()
     s, mixed = _shrink(x, lora_a, seed, dropout, _gating(gates, ranks, scaling, x))
-    return expand(x, weight, bias, mixed, lora_b), s
+    return add_product(x, weight, bias, mixed, lora_b), s
 
 
 # -- backward ---------------------------------------------------------------------------------------------------------
@@ -420,7 +423,15 @@ def rank_gradients(
     def run(tile: Tile, n: int, split: int) -> None:
         # a program sees all ranks of its rows, or leaves the sum over an expert's ranks to the second kernel
         fused = split == 1 and (not needs_gates or n >= rank)
-        planes = s if fused else dy.new_empty(split, tokens, rank, dtype=torch.float32)
+        if tile == TORCH:
+            planes, split = dy @ lora_b, 1
+        else:
+            planes = s if fused else dy.new_empty(split, tokens, rank, dtype=torch.float32)
+            product(tile, n, split, fused, planes)
+        if not fused:
+            epilogue(planes, split)
+
+    def product(tile: Tile, n: int, split: int, fused: bool, planes: Tensor) -> None:
         launch(
             _lora_mix_bwd_rank_kernel, (ceil_div(tokens, tile.m) * ceil_div(rank, n), split),
             dy, lora_b, s, ds, mixed, planes, dgates, by.gates, by.owner, by.scale,
@@ -428,15 +439,16 @@ def rank_gradients(
             KIND=by.kind, GATES=needs_gates, MIXED=needs_mixed, FUSED=fused, SPLIT=split, PRECISION=dot_precision(),
             BLOCK_T=tile.m, BLOCK_R=n, BLOCK_K=tile.k, warps=tile.warps, stages=tile.stages,
         )  # fmt: skip
-        if not fused:
-            gate = TILES.gate
-            launch(
-                _lora_mix_bwd_gate_kernel, (ceil_div(tokens, gate.m) * by.experts,),
-                planes, s, ds, mixed, dgates, by.gates, by.starts, by.scale,
-                tokens, rank, by.run, by.experts, ds.stride(0), split,
-                KIND=by.kind, GATES=needs_gates, MIXED=needs_mixed,
-                BLOCK_T=gate.m, BLOCK_R=16, warps=gate.warps,
-            )  # fmt: skip
+
+    def epilogue(planes: Tensor, split: int) -> None:
+        gate = TILES.gate
+        launch(
+            _lora_mix_bwd_gate_kernel, (ceil_div(tokens, gate.m) * by.experts,),
+            planes, s, ds, mixed, dgates, by.gates, by.starts, by.scale,
+            tokens, rank, by.run, by.experts, ds.stride(0), split,
+            KIND=by.kind, GATES=needs_gates, MIXED=needs_mixed,
+            BLOCK_T=gate.m, BLOCK_R=16, warps=gate.warps,
+        )  # fmt: skip
 
     _rank_launch("lora_mix_bwd_rank", tokens, out, rank, dy, run)
     return mixed, dgates
@@ -446,9 +458,9 @@ def input_gradient(
     dy: Tensor, weight: Tensor, ds: Tensor, lora_a: Tensor, seed: Tensor | None, dropout: float
 ) -> Tensor:
     """dy W + drop'(ds A): [T, K]."""
-    dx = dy @ weight
     if dropout == 0.0:
-        return dx.addmm_(ds, lora_a)
+        return add_product(dy, weight.t(), None, ds, lora_a.t())
+    dx = dy @ weight
     tokens, width = dx.shape
     tile, rank = TILES.dropped_dx, lora_a.shape[0]
     launch(
@@ -484,6 +496,8 @@ def adapter_gradients(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dA [R, K] and dB [N, R]: zero outside the runs of ranks that train, which alone cost work."""
     rank = mixed.shape[1]
+    if list(runs) == [(0, rank)] and dropout == 0.0:
+        return ds.t() @ x if needs_a else x.new_empty(0), dy.t() @ mixed if needs_b else x.new_empty(0)
     da = x.new_zeros(rank, x.shape[1]) if needs_a else x.new_empty(0)
     db = x.new_zeros(dy.shape[1], rank) if needs_b else x.new_empty(0)
     for first, last in runs:

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...triton_expand import add_product
 from ...triton_tools import (
     Tile,
     Tiles,
@@ -33,7 +34,6 @@ from ...triton_tools import (
 from ...tuning import bucket, pick_tile
 from ..lora_mix.triton import (
     adapter_gradients,
-    expand,
     input_gradient,
     lora_mix_triton,
     rank_gradients,
@@ -64,6 +64,13 @@ TILES = RoutedTiles(
         float32=(Tile(32, 0, 32, 8, 2),),
     )
 )
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How often x is read for router and ranks."""
+
+    number: int
 
 
 @triton.jit
@@ -138,13 +145,29 @@ def lora_mix_routed_triton(
     x, weight, bias, lora_a, lora_b, router_weight, router_bias, noise, expert_mask, seed,
     top_k, score, temperature, renormalize, straight_through, ranks, scaling, trainable, dropout,
 ):  # fmt: skip
-    """One pass over x for the routing, s and s * G, then y; two passes where one does not fit."""
+    """One pass over x for the routing, s and s * G, then y; two passes where one does not fit or takes longer."""
     routing_options = (top_k, score, temperature, renormalize, straight_through)
+    experts_of = (ranks, scaling, trainable, dropout)
+    layer, router = (x, weight, bias, lora_a, lora_b), (router_weight, router_bias, noise, expert_mask)
+
+    def run(passes: Passes):
+        if passes.number == 1:
+            return _in_one_pass(*layer, *router, *routing_options, ranks, scaling)
+        routing = route_triton(x, *router, *routing_options)
+        return *lora_mix_triton(*layer, routing[0], seed, *experts_of), *routing
+
+    if not _merges(lora_a.shape[0], router_weight.shape[0], score, dropout):
+        return run(Passes(2))
+    key = ("lora_mix_routed", bucket(x.shape[0]), *weight.shape, lora_a.shape[0], router_weight.shape[0], x.dtype)
+    return run(pick_tile(key, (Passes(1), Passes(2)), x.device, run))
+
+
+def _in_one_pass(
+    x, weight, bias, lora_a, lora_b, router_weight, router_bias, noise, expert_mask,
+    top_k, score, temperature, renormalize, straight_through, ranks, scaling,
+):  # fmt: skip
+    """y, s and the routing by the merged kernel."""
     (tokens, width), rank, experts = x.shape, lora_a.shape[0], router_weight.shape[0]
-    if not _merges(rank, experts, score, dropout):
-        routing = route_triton(x, router_weight, router_bias, noise, expert_mask, *routing_options)
-        mix = (routing[0], seed, ranks, scaling, trainable, dropout)
-        return *lora_mix_triton(x, weight, bias, lora_a, lora_b, *mix), *routing
     routing = fake_routing(x, experts, top_k)
     s, mixed = x.new_empty(tokens, rank), x.new_empty(tokens, rank)
     owner, scale, _ = rank_tables(tuple(ranks), tuple(scaling), x.device)
@@ -166,7 +189,7 @@ def lora_mix_routed_triton(
 
     key = ("lora_mix_routed_shrink", bucket(tokens), width, rank, experts, x.dtype)
     run(pick_tile(key, TILES.shrink.candidates(tokens, x.dtype), x.device, run))
-    return expand(x, weight, bias, mixed, lora_b), s, *routing
+    return add_product(x, weight, bias, mixed, lora_b), s, *routing
 
 
 def _supports_backward(
@@ -218,7 +241,7 @@ def lora_mix_routed_backward_triton(
     if merged:
         dx = x.new_empty(0)
         if needs_x:
-            dx = (dy @ weight).addmm_(extended, torch.cat((lora_a, router_weight)))
+            dx = add_product(dy, weight.t(), None, extended, torch.cat((lora_a, router_weight)).t())
         da, drouter = _merged_weights(extended, x, runs, rank, needs_a, needs_router)
         _, db = adapter_gradients(dy, x, ds, mixed, seed, dropout, runs, False, needs_b)
     else:

@@ -1,0 +1,317 @@
+"""What only a GPU can show: replayed CUDA graphs, every tile that tuning may choose, streams, sizes, late errors."""
+
+from __future__ import annotations
+
+import contextlib
+from unittest import mock
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    pytest.skip("torch sees no CUDA device", allow_module_level=True)
+
+import torch.nn.functional as F
+
+from mllmcl_kernels import Mask, MaskedAdamW, faults, lora_mix, lora_mix_routed, masked_adamw_, route
+from mllmcl_kernels.op import REGISTRY
+from mllmcl_kernels.testing import excess
+
+DEVICE = torch.device("cuda", torch.cuda.current_device())
+E, R = 8, 16
+RANKS = (R,) * E
+needs_triton = pytest.mark.skipif(
+    isinstance(REGISTRY["lora_mix"].find("triton"), str), reason="the Triton provider is not there"
+)
+
+
+def layer(tokens: int, width: int, out: int, dtype=torch.bfloat16, seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+
+    def normal(*shape: int, scale: float = 1.0):
+        return (torch.randn(*shape, generator=generator, device=DEVICE) * scale).to(dtype)
+
+    return {
+        "x": normal(tokens, width).requires_grad_(),
+        "weight": normal(out, width, scale=width**-0.5),
+        "bias": normal(out),
+        "lora_a": normal(E * R, width, scale=width**-0.5).requires_grad_(),
+        "lora_b": normal(out, E * R, scale=0.1).requires_grad_(),
+        "router": normal(E, width, scale=width**-0.5).requires_grad_(),
+        "dy": normal(tokens, out),
+    }
+
+
+def mixed(given: dict, gates, backend=None):
+    return lora_mix(
+        *(given[key] for key in ("x", "weight", "bias", "lora_a", "lora_b")), gates, ranks=RANKS, backend=backend
+    )
+
+
+def outcome(given: dict, gates, backend=None) -> list[torch.Tensor]:
+    """y and every gradient."""
+    leaves = [given[key] for key in ("x", "lora_a", "lora_b")]
+    if gates.is_floating_point():
+        gates = gates.detach().requires_grad_()
+        leaves.append(gates)
+    y = mixed(given, gates, backend)
+    return [y.detach(), *torch.autograd.grad(y, leaves, given["dy"])]
+
+
+def follow_the_rule(found, given: dict, gates) -> None:
+    wide = {key: value.detach().double().requires_grad_(value.requires_grad) for key, value in given.items()}
+    plain, truth = outcome(given, gates, "reference"), outcome(wide, gates, "reference")
+    for place, triple in enumerate(zip(found, plain, truth, strict=True)):
+        off = excess(*triple)
+        assert off.passes, f"output {place}: {off}"
+
+
+def same(ours: torch.Tensor, eager: torch.Tensor) -> bool:
+    """Up to what another split of the same sums changes; a gate or an id of before changes far more."""
+    return float((ours.double() - eager.double()).norm()) <= 1e-2 * float(eager.double().norm())
+
+
+# -- CUDA graphs ------------------------------------------------------------------------------------------------------
+
+
+def captured(run):
+    """The graph of `run` and what it gave."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run()
+    return graph, result
+
+
+GATES = {
+    "floats of tokens": [
+        lambda n: torch.rand(n, E),
+        lambda n: torch.rand(n, E),
+        lambda n: torch.eye(E)[[1]].expand(n, E),
+    ],
+    "ids of tokens": [
+        lambda n: torch.arange(n) % E,
+        lambda n: torch.full((n,), 2),
+        lambda n: torch.full((n,), -1),
+        lambda n: torch.randint(-1, E, (n,)),
+        lambda n: (torch.arange(n) >= n - 3).long() * 3,
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", GATES)
+@pytest.mark.parametrize("tokens", [1, 64, 600])
+def test_a_graph_replays_with_other_gates(kind: str, tokens: int):
+    """Forward and backward are captured once; a replay follows the gates and tokens it finds, however they group."""
+    torch.manual_seed(0)
+    given = layer(tokens, 256, 384)
+    gates = GATES[kind][0](tokens).to(DEVICE)
+    graph, found = captured(lambda: outcome(given, gates))
+    for seed, make in enumerate([*GATES[kind], GATES[kind][0]]):
+        gates.copy_(make(tokens))
+        given["x"].data.copy_(layer(tokens, 256, 384, seed=seed + 1)["x"].data)
+        graph.replay()
+        torch.cuda.synchronize()
+        for place, (ours, eager) in enumerate(zip(found, outcome(given, gates), strict=True)):
+            assert same(ours, eager), (seed, place)
+    follow_the_rule(found, given, gates)
+
+
+@pytest.mark.parametrize("top_k", [None, 1, 2])
+def test_a_graph_of_a_router_replays_with_other_tokens(top_k: int | None):
+    given = layer(130, 256, 384)
+    names = ("x", "weight", "bias", "lora_a", "lora_b", "router")
+
+    def run():
+        y, routing = lora_mix_routed(*(given[key] for key in names), top_k=top_k)
+        total = (y * given["dy"]).sum() + routing.balance_loss() + routing.z_loss()
+        return [
+            y.detach(),
+            routing.gates.detach(),
+            *torch.autograd.grad(total, [given[k] for k in names if k not in ("weight", "bias")]),
+        ]
+
+    graph, found = captured(run)
+    before = [tensor.clone() for tensor in found]
+    given["x"].data.neg_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert not torch.equal(found[1], before[1])
+    for place, (ours, eager) in enumerate(zip(found, run(), strict=True)):
+        assert same(ours, eager), place
+
+
+def test_a_graph_of_an_optimizer_step():
+    """The step is counted on the device; three replays are three steps."""
+    torch.manual_seed(0)
+    start = [torch.randn(E * R, 40, device=DEVICE), torch.randn(30, E * R, device=DEVICE)]
+    grads = [torch.randn_like(tensor) for tensor in start]
+    masks = [Mask.experts(torch.arange(E) == 1, RANKS, dim).to(DEVICE) for dim in (0, 1)]
+
+    def fresh():
+        lists = [tensor.clone() for tensor in start], *([torch.zeros_like(t) for t in start] for _ in range(2))
+        return lists, torch.ones((), dtype=torch.float64, device=DEVICE)
+
+    def step(lists, count):
+        params, means, squares = lists
+        masked_adamw_(params, grads, means, squares, masks, step=count, lr=1e-2)
+        count.add_(1)
+
+    eager, graphed = fresh(), fresh()
+    for _ in range(5):
+        step(*eager)
+    # two steps of warming up, and three replays
+    graph, _ = captured(lambda: step(*graphed))
+    for _ in range(3):
+        graph.replay()
+    torch.cuda.synchronize()
+    for ours, theirs in zip(graphed[0][0], eager[0][0], strict=True):
+        assert torch.equal(ours, theirs)
+    assert not torch.equal(eager[0][0][0], start[0])
+
+
+# -- tiles, streams, sizes --------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def picking(place: int):
+    """The candidate at `place`, of each kernel that has so many."""
+    from mllmcl_kernels import triton_expand
+    from mllmcl_kernels.ops.lora_mix import triton as mix
+    from mllmcl_kernels.ops.lora_mix_routed import triton as routed
+    from mllmcl_kernels.ops.route import triton as router
+
+    def pick(key, candidates, device, run):
+        return candidates[place % len(candidates)]
+
+    with contextlib.ExitStack() as stack:
+        for module in (triton_expand, mix, routed, router):
+            stack.enter_context(mock.patch.object(module, "pick_tile", pick))
+        yield
+
+
+@needs_triton
+@pytest.mark.parametrize("place", range(5))
+@pytest.mark.parametrize("tokens", [33, 700, 4096])
+def test_whatever_tuning_chooses_is_right(tokens: int, place: int):
+    given, gates = layer(tokens, 1024, 768), torch.rand(tokens, E, device=DEVICE)
+    with picking(place):
+        follow_the_rule(outcome(given, gates, "triton"), given, gates)
+
+
+@needs_triton
+@pytest.mark.parametrize("place", range(3))
+@pytest.mark.parametrize("tokens", [33, 700, 4096])
+def test_whatever_tuning_chooses_is_right_with_a_router(tokens: int, place: int):
+    """The merged kernel against router and mixture one after the other, whose choice of experts is the same."""
+    given = layer(tokens, 1024, 768, torch.float16)
+    names = ("x", "weight", "bias", "lora_a", "lora_b")
+    with picking(place):
+        y, routing = lora_mix_routed(*(given[k] for k in names), given["router"], top_k=2, backend="triton")
+    logits = F.linear(given["x"].double(), given["router"].double())
+    assert excess(routing.logits, F.linear(given["x"].float(), given["router"].float()), logits).passes
+    assert torch.equal(routing.indices.long().sort(-1).values, routing.logits.topk(2, -1).indices.sort(-1).values)
+    wide = {key: value.detach().double() for key, value in given.items()}
+    gates = routing.gates.detach()
+    off = excess(y, mixed(given, gates, "reference"), mixed(wide, gates, "reference"))
+    assert off.passes, off
+
+
+@pytest.mark.parametrize("name", ["lora_mix", "route"])
+def test_kernels_run_on_the_current_stream(name: str):
+    """What another stream has still to write is waited for by the kernels queued behind it."""
+    given = layer(256, 512, 512)
+    gates = torch.rand(256, E, device=DEVICE)
+
+    def run(x):
+        if name == "route":
+            return route(x, given["router"], top_k=2).gates
+        return lora_mix(x, *(given[k] for k in ("weight", "bias", "lora_a", "lora_b")), gates, ranks=RANKS)
+
+    with torch.no_grad():
+        expected = run(given["x"])
+        stream, late = torch.cuda.Stream(), torch.zeros_like(given["x"])
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(50_000_000)
+            late.copy_(given["x"])
+            found = run(late)
+        stream.synchronize()
+    assert torch.equal(found, expected)
+
+
+@needs_triton
+def test_sizes_beyond_int32():
+    """More entries in x than 32 bits count; the last rows are right."""
+    if torch.cuda.mem_get_info()[0] < 24 * 2**30:
+        pytest.skip("24 GiB of free memory are needed")
+    tokens, width = 70_000, 32_768
+    given = layer(8, width, 64)
+    x = torch.empty(tokens, width, device=DEVICE, dtype=torch.bfloat16).normal_()
+    gates = torch.rand(tokens, E, device=DEVICE)
+    rest = [given[key].detach() for key in ("weight", "bias", "lora_a", "lora_b")]
+    y = lora_mix(x, *rest, gates, ranks=RANKS, backend="triton")
+    few = lora_mix(x[-64:].clone(), *rest, gates[-64:], ranks=RANKS, backend="reference")
+    torch.testing.assert_close(y[-64:], few, rtol=0.02, atol=0.05)
+
+
+# -- errors that come late --------------------------------------------------------------------------------------------
+
+
+@needs_triton
+def test_an_id_out_of_range_is_the_base_layer_and_raises_later(monkeypatch):
+    monkeypatch.delenv("MLLMCL_DEBUG", raising=False)
+    faults.raise_faults()
+    given = layer(40, 128, 96)
+    ids = torch.arange(40, device=DEVICE) % E
+    ids[17] = E
+    y = mixed(given, ids, "triton")
+    assert torch.equal(y[17], F.linear(given["x"], given["weight"], given["bias"])[17])
+    with pytest.raises(ValueError, match=r"lora_mix: gates must be ids in -1\.\.7; on cuda:\d one at position 17"):
+        faults.raise_faults()
+    faults.raise_faults()
+
+
+@needs_triton
+def test_the_next_optimizer_steps_raise_it(monkeypatch):
+    monkeypatch.delenv("MLLMCL_DEBUG", raising=False)
+    given = layer(40, 128, 96)
+    optimizer = MaskedAdamW([given["lora_a"], given["lora_b"]], lr=1e-3)
+    mixed(given, torch.full((40,), -2, device=DEVICE), "triton").sum().backward()
+    with pytest.raises(ValueError, match="at position 39"):
+        for _ in range(3):
+            optimizer.step()
+            torch.cuda.synchronize()
+    faults.raise_faults()
+
+
+@needs_triton
+def test_debugging_raises_at_the_call(monkeypatch):
+    monkeypatch.setenv("MLLMCL_DEBUG", "1")
+    given = layer(40, 128, 96)
+    with pytest.raises(ValueError, match="got 8 at position 0"):
+        mixed(given, torch.full((40,), E, device=DEVICE), "triton")
+    monkeypatch.delenv("MLLMCL_DEBUG")
+    with contextlib.suppress(ValueError):
+        faults.raise_faults()
+
+
+@needs_triton
+def test_a_compiled_step_follows_the_ids():
+    """One graph by inductor, whatever ids come."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("inductor")
+    given = layer(64, 128, 96)
+    run = torch.compile(lambda ids: mixed(given, ids), backend=counter, fullgraph=True)
+    for make in GATES["ids of tokens"]:
+        ids = make(64).to(DEVICE)
+        torch.testing.assert_close(run(ids), mixed(given, ids))
+    assert counter.frame_count == 1
+    torch.compiler.reset()
