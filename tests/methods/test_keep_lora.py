@@ -114,7 +114,7 @@ def test_kept_directions_pass_the_merged_weight_as_before(stream):
 
 def test_a_rank_that_the_gradient_lacks_reads_nothing_kept(stream):
     """More rank rows than outputs: what no gradient chose stays outside of the kept space, or is 0."""
-    mllm, method = prepared("keep_lora", {"gradient_share": 1.0}, stream, 1)
+    mllm, method = prepared("keep_lora", {"rank": 64, "gradient_share": 1.0}, stream, 1)
     for path, layer in mllm.expert_layers.items():
         kept, a = method.before(path, 1), layer.lora_a.detach()
         assert len(a) == 64 > min(layer.weight.shape) and a.any() and not a[min(layer.weight.shape) :].any()
