@@ -327,6 +327,9 @@ class Op:
         tensor = _first_tensor(args)
         order = PRIORITY["cpu" if tensor is None else tensor.device.type]
         if (default := library.default_backend()) is not None:
+            reason = library.machine_reason(default)
+            if reason is not None:
+                raise ValueError(f"{self.name}: MLLMCL_BACKEND={default!r} cannot run on this machine: {reason}")
             order = (default, *order)
         for name in order:
             reason = self.reason_against(name, args)
