@@ -15,7 +15,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -26,15 +25,13 @@ from ..evaluation import Report, check_scorers
 from ..files import FolderLock, append_line
 from ..methods import Method, Phase
 from ..models import MLLM
+from ..streams import Stream, Task
 from . import records
 from .checkpoint import latest_checkpoint, load_optimizer, optimizer_tensors, save_checkpoint
 from .config import TrainConfig
 from .guards import Watch, check_finite
 from .progress import Progress
 from .rng import capture_rng, generator, restore_rng, seed_everything
-
-if TYPE_CHECKING:
-    from ..streams import Stream, Task
 
 __all__ = ["Position", "train"]
 
@@ -94,7 +91,13 @@ def train(mllm: MLLM, method: Method, stream: Stream, config: TrainConfig) -> Re
         FloatingPointError: a loss or gradient norm that is no number, before the optimizer moves anything.
         CheckpointError: a folder of another run, or no checkpoint of it can be used.
     """
-    for argument, value, kind in (("method", method, Method), ("config", config, TrainConfig)):
+    kinds = (
+        ("mllm", mllm, MLLM),
+        ("method", method, Method),
+        ("stream", stream, Stream),
+        ("config", config, TrainConfig),
+    )
+    for argument, value, kind in kinds:
         if not isinstance(value, kind):
             raise TypeError(f"train: {argument} must be a {kind.__name__}, got {type(value).__name__}")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
