@@ -35,7 +35,7 @@ class Build(build_ext):
 
     def run(self) -> None:
         facts = {}
-        for label, build in (("cpp", self.cpu), ("cuda", self.cuda), ("_C", super().run)):
+        for label, build in (("cpp", self.cpu), ("cuda", self.cuda), ("_C", self.binding)):
             try:
                 facts[label] = build() or "built"
             except Exception as error:
@@ -51,6 +51,14 @@ class Build(build_ext):
 
     def target(self) -> Path:
         return ROOT / "mllmcl_kernels" if self.inplace else Path(self.build_lib) / "mllmcl_kernels"
+
+    def binding(self) -> str:
+        super().run()
+        # setuptools passes over an optional extension that fails with no more than a warning
+        missing = [
+            path for path in map(self.get_ext_fullpath, (e.name for e in self.extensions)) if not Path(path).exists()
+        ]
+        return "not built: the compiler failed on csrc/binding.cpp" if missing else "built"
 
     def torch_flags(self) -> tuple[list[str], list[str]]:
         import torch

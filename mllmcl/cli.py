@@ -92,10 +92,21 @@ class RunConfig:
     dry_run: bool = False
 
 
-def _run_parser():
+def _parser(command: str, description: str):
+    """A parser that tells a usage error in one line."""
     from jsonargparse import ArgumentParser
 
-    parser = ArgumentParser(prog="mllmcl run", description="Learn a stream of tasks and evaluate after each.")
+    class Parser(ArgumentParser):
+        def error(self, message: str, ex: Exception | None = None):
+            text = " ".join(message.split())
+            print(f"mllmcl {command}: {text}; mllmcl {command} --help tells more", file=sys.stderr)
+            raise SystemExit(USAGE)
+
+    return Parser(prog=f"mllmcl {command}", description=description)
+
+
+def _run_parser():
+    parser = _parser("run", "Learn a stream of tasks and evaluate after each.")
     parser.add_argument("--config", action="config", help="a YAML file; may also be the first argument")
     parser.add_class_arguments(RunConfig, nested_key=None, fail_untyped=False)
     return parser
@@ -108,18 +119,27 @@ def _dashes(arguments: list[str]) -> list[str]:
     return [word if word != "--dry-run" else "--dry_run=true" for word in arguments]
 
 
-def _run(arguments: list[str]) -> int:
-    if len(arguments) == 1 and arguments[0].endswith((".yaml", ".yml")):
-        import yaml
+def _yaml(path: Path, parser) -> dict:
+    """What a YAML file holds, where that is a mapping; a usage error where it is no YAML."""
+    import yaml
 
+    try:
+        held = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        parser.error(f"{path} cannot be read as YAML ({error})")
+    return held if isinstance(held, dict) else {}
+
+
+def _run(arguments: list[str]) -> int:
+    parser = _run_parser()
+    if len(arguments) == 1 and arguments[0].endswith((".yaml", ".yml")):
         from .sweep import run_sweep
 
         path = Path(arguments[0])
-        if path.is_file() and "sweep" in (yaml.safe_load(path.read_text()) or {}):
+        if "sweep" in _yaml(path, parser):
             if _num_processes() > 1:
                 raise ValueError(f"{path}: a sweep starts the processes of its runs, so start it without torchrun")
             return run_sweep(path, say=functools.partial(print, flush=True))
-    parser = _run_parser()
     config = parser.instantiate_classes(parser.parse_args(_dashes(arguments)))
     settings = RunConfig(**{name: config[name] for name in ("train", "model", "method", "stream", "dry_run")})
     return run(settings)
@@ -256,9 +276,7 @@ def run(settings: RunConfig) -> int:
 
 
 def _report(arguments: list[str]) -> int:
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(prog="mllmcl report", description="Compare runs in one page and print their tables.")
+    parser = _parser("report", "Compare runs in one page and print their tables.")
     parser.add_argument("runs", nargs="+", type=Path, help="run folders")
     parser.add_argument("--output", type=Path, default=None, help="the page; by default report.html of a single run")
     options = parser.parse_args(arguments)
@@ -280,9 +298,7 @@ def _rows(rows: list[tuple[str, ...]]) -> str:
 
 
 def _methods(arguments: list[str]) -> int:
-    from jsonargparse import ArgumentParser
-
-    ArgumentParser(prog="mllmcl methods", description="List the methods.").parse_args(arguments)
+    _parser("methods", "List the methods.").parse_args(arguments)
     from .methods import available
 
     for name, method in available().items():
@@ -293,9 +309,7 @@ def _methods(arguments: list[str]) -> int:
 
 
 def _streams(arguments: list[str]) -> int:
-    from jsonargparse import ArgumentParser
-
-    ArgumentParser(prog="mllmcl streams", description="List the streams.").parse_args(arguments)
+    _parser("streams", "List the streams.").parse_args(arguments)
     from .streams import available
 
     print(_rows([*available().items(), ("FOLDER", "any folder of LLaVA-style JSON")]))
@@ -303,11 +317,7 @@ def _streams(arguments: list[str]) -> int:
 
 
 def _doctor(arguments: list[str]) -> int:
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(
-        prog="mllmcl doctor", description="Say what works on this machine and why the rest does not."
-    )
+    parser = _parser("doctor", "Say what works on this machine and why the rest does not.")
     parser.add_argument("--check-batching", type=str, default=None, help="a model: batched answers against single ones")
     options = parser.parse_args(arguments)
     from .doctor import check_model_batching, diagnose
@@ -321,9 +331,7 @@ def _doctor(arguments: list[str]) -> int:
 
 
 def _export(arguments: list[str]) -> int:
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(prog="mllmcl export", description="Copy a run's adapters out, reopened and counted.")
+    parser = _parser("export", "Copy a run's adapters out, reopened and counted.")
     parser.add_argument("run", type=Path, help="a run folder")
     parser.add_argument("--format", choices=["peft"], default="peft", help="of the folders written")
     parser.add_argument("--output", type=Path, default=None, help="where to; by default RUN/export")

@@ -8,7 +8,7 @@ import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 
-__all__ = ["check_at_least", "check_model_name", "check_types"]
+__all__ = ["check_at_least", "check_count", "check_model_name", "check_types"]
 
 
 def check_types(owner: type, values: Mapping[str, object], label: str = "") -> None:
@@ -32,6 +32,14 @@ def check_at_least(values: object, least: float, names: Iterable[str]) -> None:
         value = getattr(values, name)
         if value is not None and not value >= least:
             raise ValueError(f"{name} must be at least {least}{_or_none(type(values), name)}, got {value}")
+
+
+def check_count(argument: str, value: object) -> None:
+    """Raise TypeError unless `value` is an integer, ValueError unless it is at least 1."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{argument}: expected an integer, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{argument}: expected at least 1, got {value}")
 
 
 def _or_none(owner: type, name: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 
 import torch
@@ -15,12 +15,16 @@ __all__ = [
     "FLOATS",
     "are_contiguous",
     "are_floating",
+    "as_list",
     "dtypes_in",
     "expect",
+    "expect_betas",
     "expect_device",
+    "expect_flag",
     "expect_floating",
     "expect_lists",
     "expect_number",
+    "expect_real",
     "expect_shape",
     "expect_tensor",
     "list_reason",
@@ -142,6 +146,36 @@ def _refuse(op: str, argument: str, tensor: object, first: str, head: Tensor, de
     shape = list(head.shape)
     expect(list(tensor.shape) == shape, op, argument, f"of {first}'s shape {shape}", list(tensor.shape))
     expect(tensor.device == device, op, argument, f"on {device} as the first tensor is", tensor.device)
+
+
+def as_list(op: str, argument: str, value: Tensor | Iterable[Tensor]) -> list[Tensor]:
+    """One tensor, or those of an iterable, as a list."""
+    if isinstance(value, Tensor):
+        return [value]
+    expect(isinstance(value, Iterable), op, argument, "a Tensor or a list of them", type(value).__name__, TypeError)
+    return list(value)
+
+
+def expect_real(op: str, argument: str, value: object, expected: str, fits: Callable[[float], bool]) -> float:
+    """The value as a float: TypeError where it is no number, ValueError where it does not fit."""
+    is_number = isinstance(value, (int, float, numbers.Real)) or (isinstance(value, Tensor) and value.dim() == 0)
+    expect(is_number, op, argument, expected, repr(value), TypeError)
+    expect(fits(value), op, argument, expected, value)
+    return float(value)
+
+
+def expect_flag(op: str, argument: str, value: object) -> bool:
+    """The value as a bool; TypeError where it equals neither True nor False."""
+    expect(value in (True, False), op, argument, "True or False", repr(value), TypeError)
+    return bool(value)
+
+
+def expect_betas(op: str, betas: object) -> tuple[float, float]:
+    """AdamW's two decay rates."""
+    expected = "two numbers in [0, 1)"
+    expect(isinstance(betas, Sequence) and len(betas) == 2, op, "betas", expected, repr(betas), TypeError)
+    beta1, beta2 = (expect_real(op, "betas", beta, expected, lambda b: 0.0 <= b < 1.0) for beta in betas)
+    return beta1, beta2
 
 
 def expect_number(

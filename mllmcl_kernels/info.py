@@ -9,7 +9,7 @@ import sys
 import torch
 
 from . import ops as _ops  # noqa: F401 (declares every op)
-from .library import BACKENDS, backends, build_info
+from .library import BACKENDS, backends, build_info, default_backend
 from .op import REGISTRY
 from .tuning import current_device, describe
 
@@ -30,6 +30,13 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def _default() -> str:
+    try:
+        return default_backend() or "by device, dtype and size (MLLMCL_BACKEND names one)"
+    except ValueError as error:
+        return str(error)
+
+
 def report() -> str:
     """Versions, devices, backends with reasons, build facts, and a table of ops by backend."""
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
@@ -41,6 +48,7 @@ def report() -> str:
     for backend, state in backends().items():
         remedy = "" if state == "available" else f"  [{REMEDIES[backend]}]"
         lines.append(f"{backend:<10} {state}{remedy}")
+    lines.append(f"{'default':<10} {_default()}")
     lines.append(f"{'tuning':<10} {describe(current_device())}")
     lines.append("")
     lines += [f"{name:<24} {value}" for name, value in build_info().items()]

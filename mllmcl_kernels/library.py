@@ -28,7 +28,10 @@ BACKENDS = ("cuda", "triton", "cpp", "chunked", "reference")
 
 
 def default_backend() -> str | None:
-    """What `MLLMCL_BACKEND` says now; it goes before the order of the device."""
+    """What `MLLMCL_BACKEND` says now; it goes before the order of the device.
+
+    A call that this backend does not take is left to the others; a backend that the machine lacks is an error.
+    """
     name = os.environ.get("MLLMCL_BACKEND") or None
     if name is not None and name not in BACKENDS:
         raise ValueError(f"MLLMCL_BACKEND must be one of {', '.join(BACKENDS)}, got {name!r}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import numbers
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,8 +43,9 @@ class Mask:
         """bool `[n]` over the slices of dimension `dim`."""
         _expect_bool("rows", mask)
         expect(mask.dim() == 1, "Mask.rows", "mask", "of shape [n]", list(mask.shape))
-        expect(dim >= 0, "Mask.rows", "dim", "a non-negative dimension", dim)
-        return Mask(mask.to(torch.uint8), dim)
+        fits = isinstance(dim, numbers.Integral) and dim >= 0
+        expect(fits, "Mask.rows", "dim", "a non-negative dimension", repr(dim))
+        return Mask(mask.to(torch.uint8), int(dim))
 
     @staticmethod
     def experts(
@@ -57,7 +58,8 @@ class Mask:
         """
         mask = torch.as_tensor(mask)
         _expect_bool("experts", mask)
-        fits = all(isinstance(rank, numbers.Integral) and rank >= 0 for rank in ranks)
+        ranks = ranks.tolist() if isinstance(ranks, Tensor) else ranks
+        fits = isinstance(ranks, Iterable) and all(isinstance(rank, numbers.Integral) and rank >= 0 for rank in ranks)
         expect(fits, "Mask.experts", "ranks", "integers of at least 0", ranks)
         expect(
             mask.shape == (len(ranks),),
@@ -77,7 +79,8 @@ class Mask:
         """uint8 map of the parameter's shape: entries whose owner is `active` may change (PackNet)."""
         expect_tensor("Mask.owner", "owners", owners)
         expect(owners.dtype == torch.uint8, "Mask.owner", "owners", "of dtype uint8", owners.dtype, TypeError)
-        expect(0 <= active <= 255, "Mask.owner", "active", "an id in 0..255", active)
+        fits = isinstance(active, numbers.Integral) and 0 <= active <= 255
+        expect(fits, "Mask.owner", "active", "an id in 0..255", repr(active))
         return Mask(owners, OWNER, active)
 
     def to(self, device: torch.device | str) -> Mask:
@@ -143,6 +146,8 @@ def flatten_masks(
     """What the ops take: one mask tensor, kind and active id for each tensor; an empty tensor where there is none."""
     if masks is None:
         masks = [None] * len(tensors)
+    if not isinstance(masks, Sequence):
+        expect(False, op, "masks", "None or a list of them", type(masks).__name__, TypeError)
     expect(len(masks) == len(tensors), op, "masks", f"None or one for each of the {len(tensors)} tensors", len(masks))
     if not tensors:
         return [], [], []

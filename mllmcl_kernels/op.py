@@ -329,6 +329,9 @@ class Op:
         device = _device_of(args)
         order = PRIORITY[device]
         if (default := library.default_backend()) is not None:
+            reason = library.machine_reason(default)
+            if reason is not None:
+                raise ValueError(f"{self.name}: MLLMCL_BACKEND={default!r} cannot run on this machine: {reason}")
             order = (default, *order)
         for name in order:
             reason = self.reason_against(name, args, device)

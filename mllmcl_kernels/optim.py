@@ -10,7 +10,7 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
-from .checks import expect, expect_number
+from .checks import expect, expect_betas, expect_number, expect_real, expect_tensor
 from .faults import poll_faults
 from .masks import Mask, flatten_masks
 from .ops.masked_adamw import masked_adamw_op
@@ -79,11 +79,12 @@ class MaskedAdamW(torch.optim.Optimizer):
         state_dtype: torch.dtype | None = None,
     ) -> None:
         op = "MaskedAdamW"
-        expect(isinstance(lr, Tensor) or lr >= 0, op, "lr", ">= 0", lr)
-        expect(all(0 <= beta < 1 for beta in betas), op, "betas", "two numbers in [0, 1)", betas)
-        expect(eps >= 0, op, "eps", ">= 0", eps)
-        expect(weight_decay >= 0, op, "weight_decay", ">= 0", weight_decay)
-        expect(max_norm is None or max_norm > 0, op, "max_norm", "positive or None", max_norm)
+        expect_number(op, "lr", lr, ">= 0", 0)
+        expect_betas(op, betas)
+        expect_real(op, "eps", eps, ">= 0", lambda value: value >= 0.0)
+        expect_real(op, "weight_decay", weight_decay, ">= 0", lambda value: value >= 0.0)
+        if max_norm is not None:
+            expect_real(op, "max_norm", max_norm, "positive or None", lambda value: value > 0.0)
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.max_norm = max_norm
         self.error_if_nonfinite = error_if_nonfinite
@@ -98,6 +99,7 @@ class MaskedAdamW(torch.optim.Optimizer):
 
     def set_mask(self, param: Tensor, mask: Mask | None) -> None:
         """Let only the entries that `mask` allows change from the next step on; None lifts the mask."""
+        expect_tensor("MaskedAdamW.set_mask", "param", param)
         known = any(param is member for group in self.param_groups for member in group["params"])
         expect(known, "MaskedAdamW.set_mask", "param", "a parameter of this optimizer", tuple(param.shape))
         if mask is not None and not isinstance(mask, Mask):
@@ -109,6 +111,27 @@ class MaskedAdamW(torch.optim.Optimizer):
         mask = mask.to(param.device)
         mask.check("MaskedAdamW.set_mask", "mask", param)
         self._masks[param] = mask
+
+    def __getstate__(self) -> dict:
+        """What copies and pickles hold beside torch's share."""
+        own = ("max_norm", "error_if_nonfinite", "state_dtype", "_masks", "grad_norm")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._known = {}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """As torch's, with the moments in `state_dtype` instead of the parameter's dtype."""
+        super().load_state_dict(state_dict)
+        if self.state_dtype is None:
+            return
+        places = [place for group in state_dict["param_groups"] for place in group["params"]]
+        params = [param for group in self.param_groups for param in group["params"]]
+        for place, param in zip(places, params, strict=True):
+            held = state_dict["state"].get(place, {})
+            for name in {"exp_avg", "exp_avg_sq"} & held.keys():
+                self.state[param][name] = held[name].to(param.device, self.state_dtype)
 
     def _moments(self, param: Tensor) -> dict:
         state = self.state[param]

@@ -69,6 +69,7 @@ def test_a_dry_run_checks_everything_and_loads_nothing(folder, tmp_path):
         ("method: {name: mrlora}\ntrain: {output_dir: x}", 1, "did you mean mr_lora"),
         ("method: {name: lora, options: {rnak: 3}}\ntrain: {output_dir: x}", 1, "got rnak"),
         ("stream: {name: pocket-domian}\ntrain: {output_dir: x}", 1, "did you mean pocket-domain"),
+        ("train: {output_dir: ''}", None, "output_dir must be a folder, got ''"),
         ("train: {output_dir: x, max_steps: 0}", None, "max_steps must be at least 1"),
     ],
 )
@@ -78,6 +79,32 @@ def test_a_wrong_configuration_is_refused_in_words(text, code, match, tmp_path):
     done = mllmcl("run", str(config), "--dry-run", cwd=tmp_path)
     assert match in done.stderr and "Traceback" not in done.stderr
     assert done.returncode == code or (code is None and done.returncode in (1, 2))
+
+
+@pytest.mark.parametrize("text", [b"a: [1", b"\xff\xfe", b"!!python/object/apply:os.getcwd []", None])
+def test_what_is_no_yaml_is_wrong_usage_in_one_line(text, tmp_path):
+    config = tmp_path / "lauf \u00e4.yaml"
+    if text is not None:
+        config.write_bytes(text)
+    done = mllmcl("run", str(config))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"mllmcl run: {config} cannot be read as YAML (")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (("run", "--train.output_dir", "x", "--trian.seed", "1"), "--trian.seed"),
+        (("run",), "train.output_dir"),
+        (("report",), "runs"),
+        (("methods", "--all"), "--all"),
+        (("export", "x", "--format", "onnx"), "onnx"),
+    ],
+)
+def test_wrong_usage_is_told_in_one_line(arguments, match):
+    done = mllmcl(*arguments)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and match in done.stderr
+    assert done.stderr.startswith(f"mllmcl {arguments[0]}: ") and f"mllmcl {arguments[0]} --help" in done.stderr
 
 
 def test_methods_streams_and_doctor_tell_what_is_there():

@@ -48,6 +48,8 @@ def find(name: str) -> type[Method]:
         ValueError: there is no such method; the message lists near names.
     """
     known = available()
+    if not isinstance(name, str):
+        raise TypeError(f"method must be a name, got {name!r}")
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import numbers
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from mllmcl_kernels import Mask
 
+from ..options import check_count
 from .experts import SCORES, ExpertLinear, ExpertProjectorLinear, ExpertState
 from .targets import linear_names, match_targets
 
@@ -17,11 +20,16 @@ __all__ = ["experts_added", "experts_grown", "fill", "masks_of", "parameters_tha
 
 def _each(name: str, value, num: int, kind: type) -> tuple:
     """One positive number for each expert."""
-    values = [value] * num if isinstance(value, (int, float)) else list(value)
+    if isinstance(value, str) or not isinstance(value, (numbers.Real, Iterable)):
+        raise TypeError(f"{name}: expected one number or {num} of them, got {value!r}")
+    values = [value] * num if isinstance(value, numbers.Real) else list(value)
     if len(values) != num:
         raise ValueError(f"{name}: expected one number or {num} of them, got {len(values)}")
-    if any(isinstance(item, bool) or item != kind(item) or item <= 0 for item in values):
-        raise ValueError(f"{name}: expected positive {kind.__name__}s, got {values}")
+    for item in values:
+        if isinstance(item, bool) or not isinstance(item, numbers.Real):
+            raise TypeError(f"{name}: expected positive {kind.__name__}s, got {values}")
+        if not 0 < item < math.inf or item != kind(item):
+            raise ValueError(f"{name}: expected positive {kind.__name__}s, got {values}")
     return tuple(kind(item) for item in values)
 
 
@@ -32,12 +40,15 @@ def _put(model: nn.Module, path: str, layer: nn.Module) -> None:
 
 
 def _check(num_experts: int, dropout: float, router: str | None, router_top_k: int | None) -> None:
-    if num_experts < 1:
-        raise ValueError(f"num_experts: expected at least 1, got {num_experts}")
+    check_count("num_experts", num_experts)
+    if isinstance(dropout, bool) or not isinstance(dropout, numbers.Real):
+        raise TypeError(f"dropout: expected a probability in [0, 1), got {dropout!r}")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
     if router is not None and router not in SCORES:
         raise ValueError(f"router: expected None or one of {', '.join(SCORES)}, got {router!r}")
+    if router_top_k is not None:
+        check_count("router_top_k", router_top_k)
     if router_top_k is not None and (router is None or not 1 <= router_top_k <= num_experts):
         raise ValueError(f"router_top_k: expected 1..{num_experts} together with a router, got {router_top_k}")
 
@@ -81,8 +92,7 @@ def experts_grown(mllm, num: int, rank: int | Sequence[int] | None, alpha) -> No
     state = mllm.experts
     if state is None:
         raise ValueError("there are no experts to grow, call add_experts first")
-    if num < 1:
-        raise ValueError(f"num: expected at least 1, got {num}")
+    check_count("num", num)
     ranks = _each("rank", state.ranks[-1] if rank is None else rank, num, int)
     alphas = _each("alpha", state.scaling[-1] * state.ranks[-1] if alpha is None else alpha, num, float)
     state.ranks += ranks

@@ -23,7 +23,7 @@ def image_key(identity: str, image_size, sample) -> str:
     if isinstance(image, (str, os.PathLike)):
         digest.update(Path(image).read_bytes())
     else:
-        array = np.ascontiguousarray(image)
+        array = np.ascontiguousarray(np.asarray(image))
         digest.update(f"{array.shape}{array.dtype}".encode())
         digest.update(array)
     return digest.hexdigest()

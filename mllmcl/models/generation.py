@@ -5,12 +5,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ..options import check_count
 from .batch import Batch
 from .prompts import prompt_rows, prompting
 
@@ -64,8 +65,9 @@ def greedy(
 def answers(mllm: MLLM, samples: Sequence, experts, prompts, *, max_new_tokens: int, batch_size: int) -> list[str]:
     """What `MLLM.generate` returns."""
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")
+        check_count(name, value)
+    if isinstance(samples, str) or not isinstance(samples, Iterable):
+        raise TypeError(f"samples: expected a list of samples, got {type(samples).__name__}")
     samples = list(samples)
     for place, sample in enumerate(samples):
         if not hasattr(sample, "question"):
@@ -87,11 +89,11 @@ def answers(mllm: MLLM, samples: Sequence, experts, prompts, *, max_new_tokens: 
 def _gates(mllm: MLLM, samples: Sequence, experts):
     """What `experts` of `MLLM.generate` says, with the router asked where it answers for all samples at once."""
     if not isinstance(experts, str):
-        gates = experts if experts is None or isinstance(experts, Tensor) else torch.as_tensor(experts)
+        gates = None if experts is None else _tensor(experts)
     elif experts == "route":
         if mllm.routes_batches:
             return experts
-        gates = None if mllm.router is None else mllm.router(samples)
+        gates = None if mllm.router is None else _tensor(mllm.router(samples))
     elif experts in ("current", "off"):
         return experts
     else:
@@ -102,6 +104,13 @@ def _gates(mllm: MLLM, samples: Sequence, experts):
     if per_sample and gates.shape[0] != len(samples):
         raise ValueError(f"experts: expected one row for each of {len(samples)} samples, got {gates.shape[0]}")
     return gates
+
+
+def _tensor(experts) -> Tensor:
+    try:
+        return torch.as_tensor(experts)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"experts: expected ids, floats or None, got {experts!r}") from error
 
 
 def _rows(gates, at: list[int]):

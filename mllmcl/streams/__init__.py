@@ -42,6 +42,8 @@ def load(name_or_folder: str | os.PathLike, root: str | os.PathLike | None = Non
     Raises:
         ValueError: no such stream, with near names. TypeError: an option it does not take.
     """
+    if not isinstance(name_or_folder, (str, os.PathLike)):
+        raise TypeError(f"stream must be a name or a folder, got {name_or_folder!r}")
     name = os.fspath(name_or_folder)
     modules = _modules()
     if name in modules:

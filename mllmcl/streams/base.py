@@ -15,7 +15,7 @@ __all__ = ["Sample", "Stream", "Task", "check_seed", "chosen_tasks"]
 class Sample:
     """A question about an image, and its answer.
 
-    image: uint8 `[H, W, 3]` array, a path, or None. metadata: where it comes from.
+    image: uint8 `[H, W, 3]` array, a PIL image, a path, or None. metadata: where it comes from.
     """
 
     id: str
@@ -34,7 +34,8 @@ class Sample:
         if isinstance(self.image, (str, os.PathLike)):
             with Image.open(self.image) as picture:
                 return picture.convert("RGB")
-        return Image.fromarray(self.image)
+        picture = self.image if isinstance(self.image, Image.Image) else Image.fromarray(self.image)
+        return picture.convert("RGB")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +81,8 @@ class Stream:
                     problems += [f"{where} {problem}" for problem in _text_problems(sample, task.name, seen)]
                     if isinstance(sample.image, (str, os.PathLike)):
                         pictures.setdefault(Path(sample.image), where)
+                    elif problem := _pixel_problem(sample.image):
+                        problems.append(f"{where} {problem}")
         problems += _picture_problems(pictures)
         if problems:
             more = f"; {len(problems) - 10} more" if len(problems) > 10 else ""
@@ -122,6 +125,20 @@ def _text_problems(sample: Sample, task: str, seen: set[str]) -> list[str]:
     if not sample.answer.strip():
         found.append("has no answer")
     return found
+
+
+def _pixel_problem(image: object) -> str | None:
+    """What is wrong with an image that is no file."""
+    if image is None:
+        return None
+    size = getattr(image, "size", None)
+    if isinstance(size, tuple):
+        return None if min(size) > 0 else f"has an image of {size[0]} x {size[1]} pixels"
+    shape, dtype = getattr(image, "shape", None), getattr(image, "dtype", None)
+    if shape is None or str(dtype) != "uint8" or not (len(shape) == 2 or (len(shape) == 3 and shape[2] in (3, 4))):
+        got = type(image).__name__ if shape is None else f"{dtype} {list(shape)}"
+        return f"has an image that is no uint8 [H, W, 3] array, PIL image or path: {got}"
+    return None if min(shape[:2]) > 0 else f"has an image of {shape[1]} x {shape[0]} pixels"
 
 
 def _picture_problems(pictures: dict[Path, str]) -> list[str]:

@@ -85,6 +85,8 @@ class TrainConfig:
         if isinstance(self.output_dir, os.PathLike):
             self.output_dir = os.fspath(self.output_dir)
         check_types(TrainConfig, vars(self))
+        if not self.output_dir.strip():
+            raise ValueError(f"output_dir must be a folder, got {self.output_dir!r}")
         counts = ("per_device_train_batch_size", "gradient_accumulation_steps", "eval_batch_size", "max_new_tokens")
         check_at_least(self, 1, (*counts, "save_steps", "logging_steps", "max_steps"))
         rates = ("learning_rate", "projector_learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm")

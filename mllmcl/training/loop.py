@@ -14,7 +14,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -25,6 +24,7 @@ from ..evaluation import Report, check_scorers
 from ..files import FolderLock, append_line
 from ..methods import Method, Phase
 from ..models import MLLM
+from ..streams import Stream, Task
 from . import records
 from .checkpoint import Loaded, latest_checkpoint, load_optimizer, optimizer_tensors, read_checkpoint, save_checkpoint
 from .config import TrainConfig
@@ -32,9 +32,6 @@ from .distributed import Alone, joined
 from .guards import Watch, check_finite
 from .progress import Progress
 from .rng import capture_rng, generator, restore_rng, seed_everything
-
-if TYPE_CHECKING:
-    from ..streams import Stream, Task
 
 __all__ = ["Position", "train"]
 
@@ -103,7 +100,13 @@ def train(mllm: MLLM, method: Method, stream: Stream, config: TrainConfig) -> Re
         FloatingPointError: a loss or gradient norm that is no number, before the optimizer moves anything.
         CheckpointError: a folder of another run, or of another number of processes, or no checkpoint can be used.
     """
-    for argument, value, kind in (("method", method, Method), ("config", config, TrainConfig)):
+    kinds = (
+        ("mllm", mllm, MLLM),
+        ("method", method, Method),
+        ("stream", stream, Stream),
+        ("config", config, TrainConfig),
+    )
+    for argument, value, kind in kinds:
         if not isinstance(value, kind):
             raise TypeError(f"train: {argument} must be a {kind.__name__}, got {type(value).__name__}")
     if config.shard_base and method.changes_base:

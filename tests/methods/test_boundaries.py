@@ -155,6 +155,8 @@ def test_methods_are_found_created_and_refused(monkeypatch):
         assert method.summary and method.source and method.stores and method.at_test and method.deviations
     with pytest.raises(ValueError, match="got 'mrlora'; did you mean mr_lora"):
         methods.create("mrlora")
+    with pytest.raises(TypeError, match="method must be a name, got None"):
+        methods.create(None)
     with pytest.raises(TypeError, match=r"method lora takes .*rank.*, got rnak"):
         methods.create("lora", rnak=3)
     with pytest.raises(ValueError, match=r"router must be one of .*, got 'coin'"):

@@ -177,3 +177,33 @@ def test_qwen_images_have_three_axes(build):
     assert torch.equal(batch.position_ids[:, 0, at_image], want)
     after = batch.position_ids[:, 0, start + height * width :]
     assert torch.equal(after, (start + max(height, width) + torch.arange(after.shape[1])).expand(3, -1))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        # a number of tokens that is never reached decoded without an end
+        ({"max_new_tokens": 1.5}, "max_new_tokens: expected an integer, got 1.5"),
+        ({"batch_size": "all"}, "batch_size: expected an integer, got 'all'"),
+        ({"experts": ["a", "b"]}, r"experts: expected ids, floats or None, got \['a', 'b'\]"),
+        ({"experts": {}}, "experts: expected ids, floats or None, got {}"),
+    ],
+)
+def test_what_is_no_number_or_id_is_refused(build, options, message):
+    mllm = build("composed").add_experts(2, rank=2, alpha=4)
+    with pytest.raises(TypeError, match=message):
+        mllm.generate(make_samples("composed", 2), **options)
+
+
+def test_what_is_no_list_of_samples_is_refused(build):
+    mllm, samples = build("composed"), make_samples("composed", 2)
+    for wrong, kind in ((samples[0], "Item"), ("what", "str"), (None, "NoneType")):
+        with pytest.raises(TypeError, match=f"samples: expected a list of samples, got {kind}"):
+            mllm.generate(wrong)
+
+
+def test_a_router_may_answer_with_a_list(build):
+    mllm, samples = build("composed").add_experts(2, rank=2, alpha=4), make_samples("composed", 3)
+    fill_experts(mllm)
+    mllm.router = lambda some: [1, 0, -1]
+    assert mllm.generate(samples, max_new_tokens=4) == mllm.generate(samples, [1, 0, -1], max_new_tokens=4)

@@ -82,6 +82,15 @@ def test_wrong_options_are_named(build, options, message):
         build("composed").add_experts(**{"num_experts": 2, "rank": 2, "alpha": 4, **options})
 
 
+def test_options_of_another_type_are_named(build):
+    mllm = build("composed")
+    for name, value in {"num_experts": 1.5, "rank": "a", "alpha": None, "dropout": "x", "router_top_k": 1.5}.items():
+        with pytest.raises(TypeError, match=f"^{name}: expected"):
+            mllm.add_experts(**{"num_experts": 2, "rank": 2, "alpha": 4, "router": "softmax", name: value})
+    with pytest.raises(ValueError, match="alpha: expected positive"):
+        mllm.add_experts(2, rank=2, alpha=float("nan"))
+
+
 def test_fresh_experts_are_the_base(mllm, samples):
     base = logits(mllm, samples, None)
     mllm.add_experts(2, rank=[2, 4], alpha=8, projector_experts=True, dropout=0.5)

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
 
-from mllmcl_kernels import Mask, MaskedAdamW, ema_update_, importance_update_, lora_mix, lora_mix_routed, route
+from mllmcl_kernels import (
+    Mask,
+    MaskedAdamW,
+    ema_update_,
+    importance_update_,
+    lora_mix,
+    lora_mix_routed,
+    masked_adamw_,
+    orthogonality_loss,
+    route,
+    sampled_product_l1,
+)
+from mllmcl_kernels.info import report
 
 X, W, A, B = (
     torch.randn(*shape, generator=torch.Generator().manual_seed(0)) for shape in ((2, 3, 8), (5, 8), (4, 8), (5, 4))
@@ -33,6 +48,8 @@ def test_gates_without_a_dimension_of_experts_weigh_all_alike(shape):
 
 def test_numbers_of_numpy():
     assert torch.equal(mix(scaling=np.float32(2)), mix(scaling=2.0))
+    assert torch.equal(mix(scaling=torch.tensor(2.0)), mix(scaling=2.0))
+    assert torch.equal(Mask.experts([True, False], torch.tensor([2, 2]), 0).tensor, torch.tensor([1, 1, 0, 0]).byte())
     assert torch.equal(mix(ranks=np.array([2, 2]), trainable=np.array([True, False])), mix())
 
 
@@ -99,3 +116,111 @@ def test_the_environment_is_asked_at_every_call(monkeypatch):
     monkeypatch.setenv("MLLMCL_BACKEND", "reference")
     monkeypatch.setattr("mllmcl_kernels.library.machine_reason", lambda name: None if name == "reference" else "no")
     assert torch.equal(mix(), mix(backend="reference"))
+
+
+def test_a_default_that_the_machine_lacks_is_an_error(monkeypatch):
+    monkeypatch.setenv("MLLMCL_BACKEND", "cuda")
+    monkeypatch.setattr("mllmcl_kernels.library.machine_reason", lambda name: "no device" if name == "cuda" else None)
+    with pytest.raises(ValueError, match="lora_mix: MLLMCL_BACKEND='cuda' cannot run on this machine: no device"):
+        mix()
+    assert "default    cuda" in report()
+    monkeypatch.setenv("MLLMCL_BACKEND", "fast")
+    assert "default    MLLMCL_BACKEND must be one of" in report()
+
+
+@pytest.mark.parametrize("lead", [(0,), (0, 3), (3, 0)])
+@pytest.mark.parametrize("shape", [(2,), (1, 2)])
+def test_gates_of_no_tokens_have_gradient_zero(lead, shape):
+    gates = torch.rand(shape, requires_grad=True)
+    lora_mix(X.new_empty(*lead, 8), W, None, A, B, gates, ranks=(2, 2)).sum().backward()
+    assert torch.equal(gates.grad, torch.zeros(shape))
+
+
+def updated(**options):
+    tensors = [[torch.ones(2)] for _ in range(4)]
+    masked_adamw_(*tensors, options.pop("masks", None), **{"step": 1, "lr": 0.1, **options})
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: route(X, ROUTER, temperature="hot"), TypeError, "route: temperature must be positive, got 'hot'"),
+        (lambda: route(X, ROUTER, temperature=float("inf")), ValueError, "temperature must be positive, got inf"),
+        (lambda: route(X, ROUTER, noise=None), TypeError, "noise must be a standard deviation >= 0, got None"),
+        (lambda: route(X, ROUTER, noise=float("inf")), ValueError, "noise must be a standard deviation >= 0, got inf"),
+        (lambda: route(X, ROUTER, renormalize="yes"), TypeError, "renormalize must be True or False, got 'yes'"),
+        (lambda: route(X, ROUTER[:0]), ValueError, "weight must be of at least one row"),
+        (lambda: route(X, ROUTER, torch.ones(2, dtype=torch.int64)), TypeError, "bias must be of dtype float32"),
+        (
+            lambda: lora_mix_routed(X, W, None, A, B, ROUTER, straight_through="no"),
+            TypeError,
+            "lora_mix_routed: straight_through must be True or False, got 'no'",
+        ),
+        (lambda: updated(betas=0.9), TypeError, r"betas must be two numbers in \[0, 1\), got 0.9"),
+        (lambda: updated(eps="small"), TypeError, "eps must be >= 0, got 'small'"),
+        (lambda: updated(weight_decay=None), TypeError, "weight_decay must be >= 0, got None"),
+        (lambda: updated(masks=Mask.rows(torch.ones(2).bool())), TypeError, "masks must be None or a list of them"),
+        (lambda: MaskedAdamW([A], lr="fast"), TypeError, "MaskedAdamW: lr must be >= 0, got 'fast'"),
+        (lambda: MaskedAdamW([A], betas=(0.9,)), TypeError, r"betas must be two numbers in \[0, 1\)"),
+        (lambda: MaskedAdamW([A]).set_mask("a", None), TypeError, "param must be a Tensor, got str"),
+        (lambda: ema_update_([A], [A], decay="slow"), TypeError, r"decay must be in \[0, 1\], got 'slow'"),
+        (
+            lambda: importance_update_([A], [A], reduce="max", owners=[torch.zeros(4, 8).byte()], task=1.5),
+            TypeError,
+            "task must be an id in 0..255, got 1.5",
+        ),
+        (lambda: Mask.rows(torch.ones(2).bool(), dim="rows"), ValueError, "dim must be a non-negative dimension"),
+        (lambda: Mask.experts([True], 2, 0), ValueError, "ranks must be integers of at least 0, got 2"),
+        (lambda: Mask.owner(torch.ones(2).byte(), 0.5), ValueError, "active must be an id in 0..255, got 0.5"),
+        (lambda: orthogonality_loss(None, A), TypeError, "lora_a must be a Tensor or a list of them, got NoneType"),
+        (lambda: sampled_product_l1(A, None, A, A), TypeError, "lora_b must be a Tensor or a list of them"),
+    ],
+)
+def test_the_argument_is_named_whatever_came(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
+
+
+def test_padding_counts_in_no_statistic_even_without_numbers():
+    x = X.clone()
+    x[0, 0] = float("nan")
+    counted = torch.ones(2, 3, dtype=torch.bool)
+    counted[0, 0] = False
+    whole, rest = route(x, ROUTER, top_k=1, token_mask=counted), route(X[counted], ROUTER, top_k=1)
+    torch.testing.assert_close(whole.importance, rest.importance)
+    for name in ("balance_loss", "z_loss", "entropy"):
+        torch.testing.assert_close(getattr(whole, name)(), getattr(rest, name)())
+
+
+def test_a_token_that_may_go_nowhere_has_finite_gradients():
+    allowed = torch.ones(2, 3, 2, dtype=torch.bool)
+    allowed[1, 1] = False
+    weight = ROUTER.clone().requires_grad_()
+    routing = route(X, weight, expert_mask=allowed)
+    (routing.entropy() + routing.balance_loss() + routing.z_loss() + routing.gates.square().sum()).backward()
+    assert torch.isfinite(weight.grad).all() and weight.grad.any()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
+def test_a_copied_optimizer_has_its_masks_and_options(copied):
+    param = torch.ones(2, requires_grad=True)
+    optimizer = MaskedAdamW([param], lr=0.1, max_norm=1.0)
+    optimizer.set_mask(param, Mask.rows(torch.tensor([True, False])))
+    param.grad = torch.ones(2)
+    optimizer.step()
+    twin, other = copied((param, optimizer))
+    for one, its in ((param, optimizer), (twin, other)):
+        one.grad = torch.full((2,), 9.0)
+        its.step()
+    assert torch.equal(twin, param) and twin[1] == 1.0 and other.max_norm == 1.0
+
+
+def test_moments_are_loaded_in_the_dtype_asked_for():
+    param = torch.ones(3, dtype=torch.bfloat16, requires_grad=True)
+    optimizer, other = (MaskedAdamW([param], lr=0.1, state_dtype=torch.float32) for _ in range(2))
+    param.grad = torch.tensor([0.1, 0.2, 0.3], dtype=torch.bfloat16)
+    optimizer.step()
+    other.load_state_dict(optimizer.state_dict())
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert other.state[param][name].dtype == torch.float32
+        assert torch.equal(other.state[param][name], optimizer.state[param][name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -62,6 +63,8 @@ def test_without_a_compiler_it_installs_is_right_and_says_why(tree, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "cpp was not built" in done.stdout + done.stderr
     assert not list((tmp_path / "site").rglob("*.so"))
+    facts = json.loads((tmp_path / "site/mllmcl_kernels/build.json").read_text())
+    assert all(fact.startswith("not built") for fact in facts.values()), facts
     cpp, compiled, *_ = use(tmp_path / "site", tmp_path)
     assert cpp.startswith("libmllmcl_cpu.so was not built") and compiled == "False"
 

@@ -29,6 +29,9 @@ def test_images_load_as_rgb(tmp_path):
     Image.fromarray(array).convert("P").save(tmp_path / "a.png")
     picture = sample(image=tmp_path / "a.png").load_image()
     assert picture.mode == "RGB" and picture.size == (6, 4)
+    for other in (array[..., 0], np.zeros((4, 6, 4), np.uint8), Image.new("RGBA", (6, 4))):
+        picture = sample(image=other).load_image()
+        assert picture.mode == "RGB" and picture.size == (6, 4)
 
 
 def test_a_right_stream_passes(tmp_path):
@@ -69,6 +72,22 @@ def test_validate_names_everything_that_is_wrong(tmp_path):
         assert part in text, part
 
 
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (np.zeros((0, 9, 3), np.uint8), "an image of 9 x 0 pixels"),
+        (Image.new("RGB", (0, 9)), "an image of 0 x 9 pixels"),
+        (np.zeros((4, 6, 3)), r"no uint8 \[H, W, 3\] array, PIL image or path: float64 \[4, 6, 3\]"),
+        (np.zeros((3, 4, 6), np.uint8), r"no uint8 .*: uint8 \[3, 4, 6\]"),
+        (b"png", "no uint8 .*: bytes"),
+    ],
+)
+def test_images_in_memory_are_looked_at(image, message):
+    with pytest.raises(ValueError, match=f"toy train sample '1' .*{message}"):
+        stream(sample("1", image=image)).validate()
+    stream(sample("1", image=Image.new("L", (3, 3)))).validate()
+
+
 def test_ids_are_unique_in_the_whole_stream():
     with pytest.raises(ValueError, match="toy test sample '1' occurs twice"):
         stream(sample("1"), test=[sample("1")]).validate()
@@ -104,6 +123,8 @@ def test_every_stream_file_is_listed():
 
 
 def test_unknown_streams_are_refused(tmp_path):
+    with pytest.raises(TypeError, match="stream must be a name or a folder, got None"):
+        streams.load(None)
     with pytest.raises(ValueError, match="did you mean pocket-domain"):
         streams.load("pocket-domian")
     with pytest.raises(ValueError, match=f"there is no folder {tmp_path}/gone"):

@@ -17,11 +17,13 @@ from safetensors.torch import load_file
 from mllmcl import MLLM, methods
 from mllmcl.evaluation import Report, read_predictions
 from mllmcl.files import read_jsonl
+from mllmcl.training import loop
 from mllmcl.training.checkpoint import CheckpointError
 from mllmcl.training.config import TrainConfig
 from mllmcl.training.loop import _rate
 
-from .made_up_run import make_run
+from ..models.tiny import make_composed
+from .made_up_run import make_run, make_stream
 
 ROOT = Path(__file__).parents[2]
 
@@ -221,3 +223,11 @@ def test_the_schedule_rises_and_falls():
 def test_bad_options_are_refused_in_words(option, match):
     with pytest.raises(ValueError, match=match):
         TrainConfig(output_dir="x", **option)
+
+
+def test_what_is_no_model_or_stream_is_refused(tmp_path):
+    config = TrainConfig(output_dir=str(tmp_path))
+    given = {"mllm": make_composed(), "method": methods.create("lora"), "stream": make_stream(), "config": config}
+    for name, kind in {"mllm": "MLLM", "method": "Method", "stream": "Stream", "config": "TrainConfig"}.items():
+        with pytest.raises(TypeError, match=f"train: {name} must be a {kind}, got str"):
+            loop.train(**{**given, name: "pocket-domain"})

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...checks import expect, expect_lists
+from ...checks import expect, expect_lists, expect_real
 from ...masks import ELEMENTS, NONE, Mask, flatten_masks
 from ...op import Cost, Op
 from .reference import CONSTANT, DEMA, PEMA, ema_update_reference
@@ -126,10 +126,10 @@ def ema_update_(
     read = _wanted(op, mode, given)
     expect_lists(op, {"averages": averages, "params": params, **read})
     if mode is None:
-        expect(0.0 <= decay <= 1.0, op, "decay", "in [0, 1]", decay)
+        decay = expect_real(op, "decay", decay, "in [0, 1]", lambda value: 0.0 <= value <= 1.0)
         expect(granularity in (None, "tensor"), op, "granularity", 'None or "tensor" with decay', repr(granularity))
-    expect(0.0 < base_weight <= 1.0, op, "base_weight", "in (0, 1]", base_weight)
-    expect(factor > 0.0, op, "factor", "positive", factor)
+    base_weight = expect_real(op, "base_weight", base_weight, "in (0, 1]", lambda value: 0.0 < value <= 1.0)
+    factor = expect_real(op, "factor", factor, "positive", lambda value: value > 0.0)
     default = "element" if mode == "pema" else "tensor"
     groups = _groups(op, averages, default if granularity is None else granularity, dim, ranks)
     flat = flatten_masks(op, averages, masks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 
 import torch
@@ -98,10 +99,11 @@ def importance_update_(
     expect(owners is None or larger, op, "owners", 'None with reduce="mean"', type(owners).__name__)
     expect((task is None) == (owners is None), op, "task", "given with owners, and only there", task)
     if owners is not None:
+        expect(isinstance(task, numbers.Integral), op, "task", "an id in 0..255", repr(task), TypeError)
         expect(0 <= task <= 255, op, "task", "an id in 0..255", task)
         _check_owners(op, owners, importances)
     number = expect_number(op, "count", 1.0 if count is None else count, "at least 1", 1)
     flat = flatten_masks(op, importances, masks)
     if importances:
         lists = (list(importances), list(grads), list(owners or ()))
-        importance_update_op(*lists, *flat, power, larger, number, task or 0, backend=backend)
+        importance_update_op(*lists, *flat, power, larger, number, int(task or 0), backend=backend)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...checks import FLOATS, expect, expect_device, expect_floating, expect_shape, expect_tensor
+from ...checks import FLOATS, expect, expect_device, expect_floating, expect_real, expect_shape, expect_tensor
 from ...dropout import draw_seed
 from ...op import Cost, Op
 from .reference import lora_mix_backward_reference, lora_mix_reference
@@ -132,7 +132,7 @@ def resolve_experts(
     """Ranks, scalings and whether each trains, for every expert; looked up where the same was asked before."""
     find = _resolve_experts.__wrapped__ if torch.compiler.is_compiling() else _resolve_experts
     ranks = None if ranks is None else _each(op, "ranks", ranks, int, "E integers or None")
-    if isinstance(scaling, numbers.Real):
+    if isinstance(scaling, numbers.Real) or (isinstance(scaling, Tensor) and scaling.dim() == 0):
         scaling = float(scaling)
     else:
         scaling = _each(op, "scaling", scaling, float, "a number or E numbers")
@@ -216,7 +216,8 @@ def flatten_gates(op: str, gates: Tensor | None, lead: torch.Size, ranks: Sequen
     expect(fits, op, "gates", f"broadcastable to {[*lead, *(['E'] if floating else [])]}", list(gates.shape))
     outer = (1,) * (len(lead) - len(outer)) + tuple(outer)
     split = len(lead)
-    while split > 0 and outer[split - 1] == 1:
+    # without tokens there are no runs to share a row
+    while split > 0 and outer[split - 1] == 1 and 0 not in lead:
         split -= 1
     # runs of equal gates are the trailing dims of size 1; a broadcast dim before them has to be expanded
     full = gates.reshape(*outer, *tail).expand(*lead[:split], *outer[split:], *tail)
@@ -242,10 +243,7 @@ def in_one_dtype(x: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def check_dropout(op: str, dropout: float) -> float:
-    expect(
-        isinstance(dropout, (int, float)) and 0.0 <= dropout < 1.0, op, "dropout", "a probability in [0, 1)", dropout
-    )
-    return float(dropout)
+    return expect_real(op, "dropout", dropout, "a probability in [0, 1)", lambda p: 0.0 <= p < 1.0)
 
 
 def lora_mix(

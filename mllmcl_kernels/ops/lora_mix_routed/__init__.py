@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ...checks import expect
+from ...checks import expect, expect_flag
 from ...dropout import draw_seed
 from ...op import Cost, Op
 from ..lora_mix import _cost as mix_cost
@@ -139,8 +139,8 @@ def lora_mix_routed(
         top_k,
         score,
         float(temperature),
-        renormalize,
-        straight_through,
+        expect_flag(op, "renormalize", renormalize),
+        expect_flag(op, "straight_through", straight_through),
         ranks,
         scaling,
         trainable,

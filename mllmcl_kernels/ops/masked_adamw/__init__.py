@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...checks import expect, expect_lists, expect_number
+from ...checks import expect_betas, expect_lists, expect_number, expect_real
 from ...masks import Mask, flatten_masks
 from ...op import Cost, Op
 from .reference import masked_adamw_reference
@@ -86,10 +86,9 @@ def masked_adamw_(
         expect_number(op, "lr", lr, ">= 0", 0),
         expect_number(op, "grad_scale", grad_scale),
     )
-    beta1, beta2 = betas
-    expect(0 <= beta1 < 1 and 0 <= beta2 < 1, op, "betas", "two numbers in [0, 1)", betas)
-    expect(eps >= 0, op, "eps", ">= 0", eps)
-    expect(weight_decay >= 0, op, "weight_decay", ">= 0", weight_decay)
+    beta1, beta2 = expect_betas(op, betas)
+    eps = expect_real(op, "eps", eps, ">= 0", lambda value: value >= 0.0)
+    weight_decay = expect_real(op, "weight_decay", weight_decay, ">= 0", lambda value: value >= 0.0)
     if params:
         lists = (list(params), list(grads), list(exp_avgs), list(exp_avg_sqs))
         masked_adamw_op(*lists, *flat, *numbers, beta1, beta2, eps, weight_decay, backend=backend)

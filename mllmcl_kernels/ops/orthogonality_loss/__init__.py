@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 from torch._utils import _unflatten_dense_tensors
 
-from ...checks import are_floating, dtypes_in, expect, expect_device, expect_floating, expect_tensor, shapes_of
+from ...checks import (
+    are_floating,
+    as_list,
+    dtypes_in,
+    expect,
+    expect_device,
+    expect_floating,
+    expect_tensor,
+    shapes_of,
+)
 from ...op import Cost, Op
 from .reference import orthogonality_loss_reference
 from .samples import bad_samples, samples
@@ -128,7 +137,7 @@ def orthogonality_loss(
     tensor(0.5000)
     """
     op = "orthogonality_loss"
-    news, olds = ([value] if isinstance(value, Tensor) else list(value) for value in (lora_a, previous_a))
+    news, olds = as_list(op, "lora_a", lora_a), as_list(op, "previous_a", previous_a)
     _check(op, news, olds)
     alike: dict[torch.dtype, list[int]] = {}
     for place, new in enumerate(news):

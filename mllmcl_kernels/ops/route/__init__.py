@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from ...checks import expect, expect_device, expect_floating, expect_shape, expect_tensor
+from ...checks import expect, expect_device, expect_flag, expect_floating, expect_real, expect_shape, expect_tensor
 from ...op import Cost, Op
 from .reference import route_backward_reference, route_reference
 from .routing import Routing
@@ -97,8 +99,10 @@ def check_router(op: str, x, weight, bias, names: tuple[str, str] = ("weight", "
     width = x.shape[-1]
     fits = weight.dim() == 2 and weight.shape[1] == width
     expect(fits, op, names[0], f"[E, d] with d = {width}", list(weight.shape))
+    expect(weight.shape[0] >= 1, op, names[0], "of at least one row", list(weight.shape))
     expect_tensor(op, names[1], bias, optional=True)
     if bias is not None:
+        expect_floating(op, names[1], bias)
         expect_shape(op, names[1], bias, "[E]", (weight.shape[0],))
         expect_device(op, names[1], bias, x.device)
 
@@ -121,8 +125,8 @@ def check_options(
     expect(isinstance(top_k, int) and not isinstance(top_k, bool), op, "top_k", "an integer or None", top_k, TypeError)
     expect(1 <= top_k <= experts, op, "top_k", f"an integer in 1..E = {experts}", top_k)
     expect(score in SCORES, op, "score", f"one of {', '.join(SCORES)}", repr(score))
-    expect(temperature > 0, op, "temperature", "positive", temperature)
-    expect(noise >= 0, op, "noise", "a standard deviation >= 0", noise)
+    expect_real(op, "temperature", temperature, "positive", lambda value: 0.0 < value < math.inf)
+    expect_real(op, "noise", noise, "a standard deviation >= 0", lambda value: 0.0 <= value < math.inf)
     lead = tuple(x.shape[:-1])
     flat_mask = None
     if expert_mask is not None:
@@ -199,7 +203,8 @@ def route(
     top_k, flat_mask, drawn = check_options(
         op, x, weight.shape[0], top_k, score, temperature, noise, expert_mask, token_mask
     )
-    options = (drawn, flat_mask, top_k, score, float(temperature), renormalize, straight_through)
+    flags = expect_flag(op, "renormalize", renormalize), expect_flag(op, "straight_through", straight_through)
+    options = (drawn, flat_mask, top_k, score, float(temperature), *flags)
     dtype = x.dtype
     bias = None if bias is None else bias.to(dtype)
     outputs = route_op(x.reshape(-1, x.shape[-1]), weight.to(dtype), bias, *options, backend=backend)

@@ -39,12 +39,15 @@ class Routing:
         weights = self._weights()
         if weights is None:
             return per_token.sum() / max(per_token.numel(), 1)
-        return (per_token * weights).sum() / weights.sum().clamp_min(1.0)
+        counted = torch.where(self.token_mask, per_token, torch.zeros_like(per_token))
+        return counted.sum() / weights.sum().clamp_min(1.0)
 
     def _sum_E(self, table: Tensor) -> Tensor:
         """Sum over the counted tokens of `[..., E]`."""
-        weights = self._weights()
-        return (table if weights is None else table * weights.unsqueeze(-1)).reshape(-1, table.shape[-1]).sum(0)
+        if self.token_mask is not None:
+            # selected, not multiplied: padding may hold NaN
+            table = torch.where(self.token_mask.unsqueeze(-1), table, torch.zeros_like(table))
+        return table.reshape(-1, table.shape[-1]).sum(0)
 
     @property
     def load(self) -> Tensor:
@@ -77,6 +80,8 @@ class Routing:
 
     def entropy(self) -> Tensor:
         """Mean over the tokens of - sum_e p_e log p_e in nats, p the probabilities normalised over the experts."""
-        p = self.probs / self.probs.sum(-1, keepdim=True).clamp_min(torch.finfo(self.probs.dtype).tiny)
+        total = self.probs.sum(-1, keepdim=True)
+        # a row where nothing is allowed has no probabilities
+        p = self.probs / torch.where(total == 0, torch.ones_like(total), total)
         log_p = torch.log(p.clamp_min(torch.finfo(p.dtype).tiny))
         return self._mean(-(p * log_p).sum(-1))

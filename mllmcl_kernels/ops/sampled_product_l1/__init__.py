@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...checks import expect
+from ...checks import as_list, expect
 from ...op import Cost, Op
-from .entries import SampledEntries, as_list, check_factors
+from .entries import SampledEntries, check_factors
 from .reference import sampled_product_l1_backward_reference, sampled_product_l1_reference
 from .samples import backward_samples, bad_samples, samples
 
@@ -95,7 +95,7 @@ def sampled_product_l1(
     tensor(5.)
     """
     op = "sampled_product_l1"
-    a, b = as_list(lora_a), as_list(lora_b)
+    a, b = as_list(op, "lora_a", lora_a), as_list(op, "lora_b", lora_b)
     if isinstance(rows, SampledEntries):
         entries = rows
         expect(cols is None, op, "cols", "None beside SampledEntries", type(cols).__name__, TypeError)

@@ -8,15 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...checks import expect, expect_device, expect_floating, expect_tensor
+from ...checks import as_list, expect, expect_device, expect_floating, expect_tensor
 
 __all__ = ["Group", "SampledEntries", "check_factors"]
 
 OP = "sampled_product_l1"
-
-
-def as_list(value: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    return [value] if isinstance(value, Tensor) else list(value)
 
 
 def check_factors(a: list[Tensor], b: list[Tensor]) -> None:
@@ -109,7 +105,8 @@ class SampledEntries:
 
         Arguments and errors as in `sampled_product_l1`.
         """
-        a, b, rows, cols = map(as_list, (lora_a, lora_b, rows, cols))
+        given = {"lora_a": lora_a, "lora_b": lora_b, "rows": rows, "cols": cols}
+        a, b, rows, cols = (as_list(OP, name, value) for name, value in given.items())
         check_factors(a, b)
         for name, values in (("rows", rows), ("cols", cols)):
             expect(len(values) == len(a), OP, name, f"as many as lora_a = {len(a)}", len(values))
