@@ -15,42 +15,75 @@ constexpr int64_t kRows = 4;  // rows of A, and old rows, that are multiplied at
 using Rows = const float* [kRows];
 using Products = float[kRows][kRows];
 
-// Four old rows against four of A: more sums than a fused multiply-add has stages, half a load for each.
-MLLMCL_CLONES void products(const Rows& a, const Rows& old, int64_t width, Products& out) {
-  Lanes sums[kRows][kRows] = {};
-  int64_t k = 0;
-  for (; k + kLanes <= width; k += kLanes)
-    for (int64_t i = 0; i < kRows; ++i)
-      for (int64_t q = 0; q < kRows; ++q) sums[i][q] += lanes(a[i] + k) * lanes(old[q] + k);
-  for (int64_t i = 0; i < kRows; ++i)
-    for (int64_t q = 0; q < kRows; ++q) {
-      out[i][q] = total(sums[i][q]);
-      for (int64_t tail = k; tail < width; ++tail) out[i][q] += a[i][tail] * old[q][tail];
-    }
+// A vector's sum goes to Lanes first, so that eight sums at a time become one vector.
+template <class V>
+MLLMCL_INLINE void fold(const typename V::Vector& x, Lanes& out) {
+  eight_of(x, 0, out);
+  if constexpr (V::kSize > kLanes) {
+    Lanes high;
+    eight_of(x, kLanes, high);
+    out += high;
+  }
 }
 
+// Four old rows against four of A: more sums than a fused multiply-add has stages, half a load for each.
+template <class V>
+MLLMCL_INLINE void products_of(const Rows& a, const Rows& old, int64_t width, Products& out) {
+  typename V::Vector sums[kRows][kRows] = {};
+  int64_t k = 0;
+  for (; k + V::kSize <= width; k += V::kSize)
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+      for (int64_t q = 0; q < kRows; ++q) sums[i][q] += as<V>(a[i] + k) * as<V>(old[q] + k);
+#pragma GCC unroll 2
+  for (int64_t i = 0; i < kRows; i += 2) {
+    Lanes square[kLanes];
+#pragma GCC unroll 8
+    for (int64_t j = 0; j < kLanes; ++j) fold<V>(sums[i + j / kRows][j % kRows], square[j]);
+    transpose(square);
+    const Lanes totals = ((square[0] + square[4]) + (square[1] + square[5])) +
+                         ((square[2] + square[6]) + (square[3] + square[7]));
+    std::memcpy(out + i, &totals, sizeof(totals));
+  }
+  for (; k < width; ++k)
+    for (int64_t i = 0; i < kRows; ++i)
+      for (int64_t q = 0; q < kRows; ++q) out[i][q] += a[i][k] * old[q][k];
+}
+
+MLLMCL_BY_REGISTERS(void products(const Rows& a, const Rows& old, int64_t width, Products& out),
+                    products_of<Widest<kRegisters>>(a, old, width, out);)
+
 // The signs stay in registers; rows that are not real go to `spare`.
-MLLMCL_CLONES void add_signed(const Products& sign, const Rows& old, int64_t width, int64_t count, float* grad,
-                              float* spare) {
-  Lanes signs[kRows][kRows];
+template <class V>
+MLLMCL_INLINE void add_signed_of(const Products& sign, const Rows& old, int64_t width, int64_t count, float* grad,
+                                 float* spare) {
+  using Vector = typename V::Vector;
+  Vector signs[kRows][kRows];
   float* to[kRows];
   for (int64_t i = 0; i < kRows; ++i) {
     to[i] = i < count ? grad + i * width : spare;
-    for (int64_t q = 0; q < kRows; ++q) signs[i][q] = sign[i][q] - Lanes{};
+    for (int64_t q = 0; q < kRows; ++q) signs[i][q] = sign[i][q] - Vector{};
   }
   int64_t k = 0;
-  for (; k + kLanes <= width; k += kLanes) {
-    const Lanes from[kRows] = {lanes(old[0] + k), lanes(old[1] + k), lanes(old[2] + k), lanes(old[3] + k)};
+  for (; k + V::kSize <= width; k += V::kSize) {
+    const Vector from[kRows] = {as<V>(old[0] + k), as<V>(old[1] + k), as<V>(old[2] + k), as<V>(old[3] + k)};
+#pragma GCC unroll 4
     for (int64_t i = 0; i < kRows; ++i) {
-      Lanes sum = lanes(to[i] + k);
+      Vector sum = as<V>(to[i] + k);
+#pragma GCC unroll 4
       for (int64_t q = 0; q < kRows; ++q) sum += signs[i][q] * from[q];
-      lanes(to[i] + k) = sum;
+      as<V>(to[i] + k) = sum;
     }
   }
   for (; k < width; ++k)
     for (int64_t i = 0; i < count; ++i)
       for (int64_t q = 0; q < kRows; ++q) grad[i * width + k] += sign[i][q] * old[q][k];
 }
+
+MLLMCL_BY_REGISTERS(void add_signed(const Products& sign, const Rows& old, int64_t width, int64_t count, float* grad,
+                                    float* spare),
+                    add_signed_of<Widest<kRegisters>>(sign, old, width, count, grad, spare);)
 
 // Up to four rows of A of one layer with all of its old rows.
 struct Unit {

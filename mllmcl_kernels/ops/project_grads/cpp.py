@@ -1,4 +1,4 @@
-"""`project_grads_` in C++: adapters' gradients, eight rows at a time against one pass over each basis."""
+"""`project_grads_` in C++: up to sixteen rows of a gradient share each pass over its basis."""
 
 from __future__ import annotations
 
@@ -15,15 +15,13 @@ LIBRARY = Library("mllmcl_cpu", "FRAGMENT")
 LIBRARY.define("project_grads(Tensor(a!)[] grads, Tensor[] bases) -> ()")
 
 
-#: beyond these the products of torch, which work through blocks of the basis, are as fast or faster
-MOST_ROWS, MOST_OF_BASIS = 64, 2**19
+#: beyond this the products of torch, which work through blocks of the basis, are as fast or faster
+MOST_OF_BASIS = 2**19
 
 
 def _supports(grads, bases) -> str | None:
     if max(map(Tensor.numel, bases)) > MOST_OF_BASIS:
         return f"a basis of more than {MOST_OF_BASIS} numbers does not stay in the cache"
-    if any(grad.numel() > MOST_ROWS * grad.shape[-1] for grad in grads):
-        return f"made for up to {MOST_ROWS} rows"
     return list_reason((grads, bases), "gradients", grads)
 
 
