@@ -24,8 +24,11 @@ from ..models.tiny import make_composed
 ANSWERS = (("x", "y"), ("ab", "cd"), ("p", "q"))
 
 
-def make_stream(num_train: int = 24, num_test: int = 8) -> Stream:
-    """Three tasks: is one colour of the picture bright? Questions and answers are the task's own."""
+def make_stream(num_train: int = 24, num_test: int = 8, uneven: bool = False) -> Stream:
+    """Three tasks: is one colour of the picture bright? Questions and answers are the task's own.
+
+    `uneven`: answers of 1 to 5 letters, so that shares of a batch have unequal numbers of tokens.
+    """
 
     def items(task: int, part: str, count: int) -> list[Sample]:
         random = np.random.default_rng([task, part == "test"])
@@ -34,7 +37,10 @@ def make_stream(num_train: int = 24, num_test: int = 8) -> Stream:
             bright = int(random.integers(0, 2))
             image = random.integers(0, 60, (32, 32, 3), dtype=np.uint8)
             image[..., task] += np.uint8(100 * bright + 40)
-            question, answer = ("which", "what", "how")[task], ANSWERS[task][bright]
+            question, answer = (
+                ("which", "what", "how")[task],
+                ANSWERS[task][bright] + "z" * (place % 4 if uneven else 0),
+            )
             found.append(
                 Sample(id=f"t{task}/{part}/{place}", task=f"t{task}", question=question, answer=answer, image=image)
             )
@@ -52,7 +58,8 @@ def make_run(
 ):
     """Train; the configuration is short and draws dropout.
 
-    `double`: in float64 from the method's set-up on. `ends`: a file for what may train, as it is in the end.
+    `double`: in float64 from the method's set-up on, on an uneven stream. `ends`: a file for what may train, as it is
+    in the end.
     """
     torch.manual_seed(0)
     made = methods.create(method, **(options or {}))
@@ -61,7 +68,7 @@ def make_run(
     defaults = {"num_train_epochs": 2, "save_steps": 2, "progress": "off", "learning_rate": 1e-2, "max_new_tokens": 3}
     settings = TrainConfig(output_dir=str(folder), **{**defaults, **config})
     mllm = make_composed()
-    report = loop.train(mllm, made, make_stream(), settings)
+    report = loop.train(mllm, made, make_stream(uneven=double), settings)
     if ends is not None:
         torch.save(mllm.trainable_state(), ends)
     return report
