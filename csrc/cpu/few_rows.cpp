@@ -15,25 +15,20 @@ constexpr int64_t kSpan = 24;  // columns of one piece of work: a multiple of th
 constexpr int64_t kMostPairs = 2;
 constexpr int64_t kLine = 16;  // numbers in a line of the cache: a load across two of them counts twice
 
-typedef float WideLanes __attribute__((vector_size(64), aligned(4), may_alias));
-
 // The registers of a tile. Types of vectors lose their alignment as template arguments, members of a struct do not.
-struct Wide {
-  typedef WideLanes V;
-  static constexpr int64_t count = 16;
-  static MLLMCL_INLINE const WideLanes& load(const float* at) { return *reinterpret_cast<const WideLanes*>(at); }
-  static MLLMCL_INLINE void halve(const WideLanes& x, Lanes& out) {
-#ifdef MLLMCL_SHUFFLES
-    out = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
-          __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
-#else
-    const float* at = reinterpret_cast<const float*>(&x);
-    out = lanes(at) + lanes(at + kLanes);
-#endif
+struct WideTile {
+  typedef Wide V;
+  static constexpr int64_t count = 2 * kLanes;
+  static MLLMCL_INLINE const Wide& load(const float* at) { return as<Sixteen>(at); }
+  static MLLMCL_INLINE void halve(const Wide& x, Lanes& out) {
+    Lanes low, high;
+    eight_of(x, 0, low);
+    eight_of(x, kLanes, high);
+    out = low + high;
   }
 };
 
-struct Narrow {
+struct NarrowTile {
   typedef Lanes V;
   static constexpr int64_t count = kLanes;
   static MLLMCL_INLINE const Lanes& load(const float* at) { return lanes(at); }
@@ -116,19 +111,19 @@ MLLMCL_INLINE void columns_of(const Panels* pairs, int64_t count, int64_t panels
 // 32 registers of 16 numbers
 MLLMCL_CLONES void wide_slice(int64_t height, MLLMCL_SLICE) {
   switch (height) {
-    case 1: return columns_of<Wide, 1, 8>(MLLMCL_GIVEN);
-    case 2: return columns_of<Wide, 2, 8>(MLLMCL_GIVEN);
-    case 4: return columns_of<Wide, 4, 4>(MLLMCL_GIVEN);
-    default: return columns_of<Wide, 8, 3>(MLLMCL_GIVEN);
+    case 1: return columns_of<WideTile, 1, 8>(MLLMCL_GIVEN);
+    case 2: return columns_of<WideTile, 2, 8>(MLLMCL_GIVEN);
+    case 4: return columns_of<WideTile, 4, 4>(MLLMCL_GIVEN);
+    default: return columns_of<WideTile, 8, 3>(MLLMCL_GIVEN);
   }
 }
 
 // 16 registers of 8 numbers
 MLLMCL_CLONES void narrow_slice(int64_t height, MLLMCL_SLICE) {
   switch (height) {
-    case 1: return columns_of<Narrow, 1, 8>(MLLMCL_GIVEN);
-    case 2: return columns_of<Narrow, 2, 4>(MLLMCL_GIVEN);
-    default: return columns_of<Narrow, 4, 2>(MLLMCL_GIVEN);
+    case 1: return columns_of<NarrowTile, 1, 8>(MLLMCL_GIVEN);
+    case 2: return columns_of<NarrowTile, 2, 4>(MLLMCL_GIVEN);
+    default: return columns_of<NarrowTile, 4, 2>(MLLMCL_GIVEN);
   }
 }
 
