@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -19,7 +18,7 @@ import yaml
 from .files import atomic_write, atomic_write_json
 from .training.config import TrainConfig
 
-__all__ = ["Cell", "SweepConfig", "cells", "run_sweep"]
+__all__ = ["Cell", "SweepConfig", "cells", "is_done", "run_sweep"]
 
 
 @dataclass(kw_only=True)
@@ -68,22 +67,23 @@ class Cell:
     request: dict
 
     @property
-    def digest(self) -> str:
-        return digest(self.request)
+    def resolved(self) -> dict:
+        """All that decides the run's numbers, defaults filled in, in values that JSON holds."""
+        from . import methods
 
-
-def digest(request: dict) -> str:
-    """Of all that decides a run's numbers: what is left to its default counts like what is said."""
-    from . import methods
-
-    method = methods.create(request["method"]["name"], **request["method"]["options"])
-    train = TrainConfig(**request["train"]).deciding()
-    if train["learning_rate"] is None:
-        train["learning_rate"] = method.learning_rate
-    options = {item.name: getattr(method, item.name) for item in fields(method) if item.init}
-    model = {name: value for name, value in request.get("model", {}).items() if name != "feature_cache"}
-    whole = [method.name, options, request["stream"], model, train]
-    return hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode()).hexdigest()
+        method = methods.create(self.request["method"]["name"], **self.request["method"]["options"])
+        train = TrainConfig(**self.request["train"]).deciding()
+        if train["learning_rate"] is None:
+            train["learning_rate"] = method.learning_rate
+        model = {name: value for name, value in self.request.get("model", {}).items() if name != "feature_cache"}
+        options = {item.name: getattr(method, item.name) for item in fields(method) if item.init}
+        whole = {
+            "method": {"name": method.name, "options": options},
+            "stream": self.request["stream"],
+            "model": model,
+            "train": train,
+        }
+        return json.loads(json.dumps(whole, default=str))
 
 
 def cells(sweep: SweepConfig, shared: dict) -> Iterator[Cell]:
@@ -103,14 +103,9 @@ def cells(sweep: SweepConfig, shared: dict) -> Iterator[Cell]:
                 yield Cell(name=name, stream=Path(stream).name, request=request)
 
 
-def _is_done(cell: Cell, path: Path) -> bool:
-    if not path.is_file():
-        return False
-    try:
-        return digest(json.loads(path.read_text())["request"]) == cell.digest
-    except (KeyError, TypeError, ValueError):
-        # made with options that are no more
-        return False
+def is_done(cell: Cell, path: Path) -> bool:
+    """Whether the JSON there is of this run, with all that decided its numbers."""
+    return path.is_file() and json.loads(path.read_text()).get("resolved") == cell.resolved
 
 
 def _run(cell: Cell, result: Path, jobs: int) -> str | None:
@@ -135,6 +130,7 @@ def _run(cell: Cell, result: Path, jobs: int) -> str | None:
     values = {
         "name": cell.name,
         "request": cell.request,
+        "resolved": cell.resolved,
         "processor": _processor(),
         "matrix": json.loads((folder / "matrix.json").read_text()),
         "metrics": json.loads((folder / "metrics.json").read_text()),
@@ -172,7 +168,7 @@ def run_sweep(path: str | Path, say: Callable[[str], None]) -> int:
 
     def work(place: int, cell: Cell) -> str | None:
         result, label = results / f"{cell.name}.json", f"{place}/{len(found)} {cell.name}"
-        if _is_done(cell, result):
+        if is_done(cell, result):
             say(f"{label}: done before")
             return None
         say(label)

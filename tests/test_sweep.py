@@ -11,7 +11,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from mllmcl.sweep import SweepConfig, cells, run_sweep
+from mllmcl.sweep import SweepConfig, cells, is_done, run_sweep
 
 from .models.tiny import save_llava
 
@@ -63,6 +63,21 @@ def test_a_sweep_runs_what_is_missing_and_compares_all(config):
     assert (root / "results/tasks-lora-seed0.json").stat().st_mtime_ns == kept
 
 
+def test_a_result_of_other_defaults_is_not_done(config):
+    """What was run is kept with every default of then."""
+    shared = yaml.safe_load(config.read_text())
+    cell = next(cells(SweepConfig(**shared.pop("sweep")), shared))
+    path = config.parent / "held.json"
+    held = cell.resolved
+    assert held["method"]["options"]["alpha"] == 16.0
+    path.write_text(json.dumps({"resolved": held}))
+    assert is_done(cell, path)
+    held["method"]["options"]["alpha"] = 4.0
+    path.write_text(json.dumps({"resolved": held}))
+    assert not is_done(cell, path)
+    assert not is_done(cell, config.parent / "nothing.json")
+
+
 def test_runs_side_by_side_give_what_one_after_the_other_gives(config, tmp_path):
     """Also: the page shows runs of which only the JSON is here."""
     values = yaml.safe_load(config.read_text())
@@ -95,15 +110,15 @@ def test_a_run_that_fails_does_not_stop_the_others(config, tmp_path):
 
 
 def test_another_option_is_another_run_and_a_wrong_one_is_refused_before_any():
-    def digest(shared=None, runs="runs", **options):
+    def resolved(shared=None, runs="runs", **options):
         sweep = SweepConfig(runs=runs, results="results", methods={"lora": options})
-        return next(cells(sweep, shared or {})).digest
+        return next(cells(sweep, shared or {})).resolved
 
-    assert digest(rank=2) == digest(rank=2) != digest(rank=3)
+    assert resolved(rank=2) == resolved(rank=2) != resolved(rank=3)
     # a default is the same whether said or not; where a run lies decides nothing
-    assert digest() == digest({"train": {"learning_rate": 1e-3}}, runs="elsewhere", rank=8)
-    assert digest() != digest({"train": {"learning_rate": 2e-3}})
-    assert digest() != digest({"model": {"num_layers": 2}})
+    assert resolved() == resolved({"train": {"learning_rate": 1e-3}}, runs="elsewhere", rank=8)
+    assert resolved() != resolved({"train": {"learning_rate": 2e-3}})
+    assert resolved() != resolved({"model": {"num_layers": 2}})
     with pytest.raises(TypeError, match=r"method lora takes .*, got rnak"):
         SweepConfig(runs="runs", results="results", methods={"lora": {"rnak": 3}})
     with pytest.raises(ValueError, match=r"sweep.jobs must be a whole number of at least 1, got 0"):
