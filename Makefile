@@ -44,8 +44,9 @@ sanitize: env
 	../../$(BIN)/python -m pytest -q -x -s -p no:cacheprovider tests/ops/test_registry.py tests/ops/test_route.py \
 	tests/ops/test_masks.py tests/ops/test_ema_update.py -k "not triton and not opcheck and not gradcheck"
 
+# peers wake their threads more often, and would pay for short spinning
 bench: env
-	$(BIN)/python -m pytest benchmarks --benchmark-only
+	env -u GOMP_SPINCOUNT $(BIN)/python -m pytest benchmarks --benchmark-only
 
 clean:
 	rm -rf build dist *.egg-info mllmcl_kernels/*.so mllmcl_kernels/build.json $(VENV)/.ready
