@@ -90,10 +90,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         self.error_if_nonfinite = error_if_nonfinite
         self.state_dtype = state_dtype
         self._masks: dict[Tensor, Mask] = {}
-        #: by number of the group: its parameters with a gradient at the last step, and their cohorts
-        self._known: dict[int, tuple[list[Tensor], list[_Cohort]]] = {}
-        #: keys and values of the state at the last step
-        self._states: tuple[list, list] = ([], [])
+        self._forget()
         #: global norm of the masked gradients at the last step, a 0-dim tensor on the device, float32 or better
         self.grad_norm: Tensor | None = None
 
@@ -119,7 +116,14 @@ class MaskedAdamW(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        self._known = {}
+        self._forget()
+
+    def _forget(self) -> None:
+        """Nothing is known of the last step."""
+        #: by number of the group: its parameters with a gradient at the last step, and their cohorts
+        self._known: dict[int, tuple[list[Tensor], list[_Cohort]]] = {}
+        #: keys and values of the state at the last step
+        self._states: tuple[list, list] = ([], [])
 
     def load_state_dict(self, state_dict: dict) -> None:
         """As torch's, with the moments in `state_dtype` instead of the parameter's dtype."""
