@@ -64,25 +64,32 @@ def streams() -> str:
     )
 
 
+def _newest() -> list[tuple[dict, str]]:
+    """The cases of `results/*.json` with their device and date; of a case that was measured twice the newer one."""
+    found = [json.loads(path.read_text()) for path in (BENCHMARKS.parent / "results").glob("*.json")]
+    cases: dict[tuple[str, str], tuple[dict, str]] = {}
+    for result in sorted(found, key=lambda result: result["date"]):
+        for case in result["cases"]:
+            cases[case["op"], case["case"]] = case, f"{result['device']}, {result['date'][:10]}"
+    return [cases[key] for key in cases]
+
+
 def _raced() -> Iterator[tuple[list[str], list[str]]]:
-    """Every case of `results/*.json` that has a peer: op, case, ours; best peer, ratios, limit, device."""
-    for path in sorted((BENCHMARKS.parent / "results").glob("*.json")):
-        found = json.loads(path.read_text())
-        device = f"{found['device']}, {found['date'][:10]}"
-        for case in found["cases"]:
-            if case["op"] == "training step":
-                continue
-            ratios = case["peer_over_ours"].items()
-            peers = {name: ratio for name, ratio in ratios if name not in NO_PEERS and not name.startswith("ours")}
-            if not peers:
-                continue
-            best = min(peers, key=peers.get)
-            loop = next((f"{ratio:.2f}x" for name, ratio in peers.items() if name.startswith("loop")), "")
-            ours = 1e3 * case["seconds"]["ours"]["median"]
-            share = case["rates"].get("ours", {}).get("share")
-            limit = "" if share is None else f"{100 * share:.0f} %"
-            name = case["case"].replace("|", "\\|")
-            yield [case["op"], name, f"{ours:.2f}"], [best, f"{peers[best]:.2f}x", loop, limit, device]
+    """Every case that has a peer, op by op: op, case, ours; best peer, ratios, limit, device."""
+    for case, device in sorted(_newest(), key=lambda found: found[0]["op"]):
+        if case["op"] == "training step":
+            continue
+        ratios = case["peer_over_ours"].items()
+        peers = {name: ratio for name, ratio in ratios if name not in NO_PEERS and not name.startswith("ours")}
+        if not peers:
+            continue
+        best = min(peers, key=peers.get)
+        loop = next((f"{ratio:.2f}x" for name, ratio in peers.items() if name.startswith("loop")), "")
+        ours = 1e3 * case["seconds"]["ours"]["median"]
+        share = case["rates"].get("ours", {}).get("share")
+        limit = "" if share is None else f"{100 * share:.0f} %"
+        name = case["case"].replace("|", "\\|")
+        yield [case["op"], name, f"{ours:.2f}"], [best, f"{peers[best]:.2f}x", loop, limit, device]
 
 
 def races() -> str:
@@ -101,15 +108,13 @@ def highlights() -> str:
 
 
 def steps() -> str:
-    """Every method's step beside plain LoRA's, from `results/*.json`."""
+    """Every method's step beside plain LoRA's."""
     rows = []
-    for path in sorted((BENCHMARKS.parent / "results").glob("*.json")):
-        found = json.loads(path.read_text())
-        for case in found["cases"]:
-            if case["op"] == "training step":
-                name, _, rest = case["case"].partition(", ")
-                passes, ratio = case["notes"].get("in addition", ""), case["notes"]["of lora's step"]
-                rows.append([f"`{name}`", rest, f"{ratio:.2f}", passes, f"{found['device']}, {found['date'][:10]}"])
+    for case, device in _newest():
+        if case["op"] == "training step":
+            name, _, rest = case["case"].partition(", ")
+            passes, ratio = case["notes"].get("in addition", ""), case["notes"]["of lora's step"]
+            rows.append([f"`{name}`", rest, f"{ratio:.2f}", passes, device])
     return table(("method", "case", "of plain LoRA's step", "in addition", "device"), rows)
 
 
