@@ -50,7 +50,7 @@ def add_optional(
             assert off < MOST_OFF, f"off by {off:.1e} of the norm"
     except ImportError as error:
         refused[name] = f"the package {module} does not import: {error}"
-    except Exception as error:  # somebody else's code on a machine of ours
+    except Exception as error:  # a peer that fails is told and left out
         refused[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     else:
         field[name] = run

@@ -23,7 +23,7 @@ from ..files import atomic_write
 from ..seeds import derive_seed
 from .base import Sample, Stream, Task, check_seed, chosen_tasks
 
-__all__ = ["Item", "Recipe", "build_stream", "note", "pick_balanced"]
+__all__ = ["Item", "Recipe", "build_stream", "loader", "note", "pick_balanced"]
 
 log = logging.getLogger(__name__)
 
@@ -121,6 +121,32 @@ def build_stream(
         }
         finished.append(Task(name=task, description=recipe.description, **parts))
     return Stream(name=name, tasks=tuple(finished), note=note)
+
+
+def loader(file: str, stream: str, recipes: Sequence[Recipe], note: str) -> Callable[..., Stream]:
+    """`load` of a stream all of whose recipes are of one file, which gives its `__name__`."""
+
+    def load(
+        *,
+        num_train: int = 384,
+        num_test: int = 96,
+        seed: int = 0,
+        image_size: int = 112,
+        tasks: list[str] | None = None,
+    ) -> Stream:
+        """The stream.
+
+        Args:
+            num_train, num_test: items of each task, answers in equal numbers.
+            seed: of which items, and of their jitter. image_size: pixels of a side.
+            tasks: only these, in this order.
+        """
+        return build_stream(
+            sys.modules[file], stream, recipes, note,
+            num_train=num_train, num_test=num_test, seed=seed, image_size=image_size, tasks=tasks,
+        )  # fmt: skip
+
+    return load
 
 
 def _code_digest(module: ModuleType) -> str:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import functools
 import gzip
-import sys
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from ..assets import asset
-from .base import Stream
-from .building import Item, Recipe, build_stream, note, pick_balanced
+from .building import Item, Recipe, loader, note, pick_balanced
 from .drawing import icon_mask
 
 SUMMARY = "four abilities: OCR, math, counting, GUI (built in, minutes on a CPU)"
@@ -227,23 +225,4 @@ RECIPES = (
     Recipe(name="gui", description="Buttons of graphical user interfaces and what they do.", make=gui),
 )
 
-
-def load(
-    *,
-    num_train: int = 384,
-    num_test: int = 96,
-    seed: int = 0,
-    image_size: int = 112,
-    tasks: list[str] | None = None,
-) -> Stream:
-    """The stream.
-
-    Args:
-        num_train, num_test: items of each task, answers in equal numbers.
-        seed: of which items, and of their jitter. image_size: pixels of a side.
-        tasks: only these, in this order.
-    """
-    return build_stream(
-        sys.modules[__name__], "pocket-ability", RECIPES, NOTE,
-        num_train=num_train, num_test=num_test, seed=seed, image_size=image_size, tasks=tasks,
-    )  # fmt: skip
+load = loader(__name__, "pocket-ability", RECIPES, NOTE)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -12,8 +11,7 @@ from PIL import Image
 
 from ..assets import asset
 from . import pocket_ability
-from .base import Stream
-from .building import Item, Recipe, build_stream, note, pick_balanced
+from .building import Item, Recipe, loader, note, pick_balanced
 from .drawing import icon_mask
 
 SUMMARY = "four abilities: three-digit OCR, sums, exact counts, toolbars, a harder level (built in, needs npm)"
@@ -171,23 +169,4 @@ RECIPES = (
     Recipe(name="gui", description="Toolbars of graphical user interfaces and which button to press.", make=gui),
 )
 
-
-def load(
-    *,
-    num_train: int = 384,
-    num_test: int = 96,
-    seed: int = 0,
-    image_size: int = 112,
-    tasks: list[str] | None = None,
-) -> Stream:
-    """The stream.
-
-    Args:
-        num_train, num_test: items of each task, answers (of OCR: digits in each place) in equal numbers.
-        seed: of which items, and of their jitter. image_size: pixels of a side.
-        tasks: only these, in this order.
-    """
-    return build_stream(
-        sys.modules[__name__], "pocket-ability-hard", RECIPES, NOTE,
-        num_train=num_train, num_test=num_test, seed=seed, image_size=image_size, tasks=tasks,
-    )  # fmt: skip
+load = loader(__name__, "pocket-ability-hard", RECIPES, NOTE)

@@ -6,7 +6,6 @@ import csv
 import functools
 import gzip
 import io
-import sys
 from collections.abc import Iterator
 from datetime import datetime
 
@@ -14,8 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ..assets import asset
-from .base import Stream
-from .building import Item, Recipe, build_stream, note, pick_balanced
+from .building import Item, Recipe, loader, note, pick_balanced
 from .drawing import background, candlesticks, icon_mask, paste_icon, weather_chart
 
 SUMMARY = "five domains: remote sensing, medical, driving, science, finance (built in, minutes on a CPU)"
@@ -371,23 +369,4 @@ RECIPES = (
     Recipe(name="finance", description="Candlestick charts of stock index prices.", make=finance),
 )
 
-
-def load(
-    *,
-    num_train: int = 384,
-    num_test: int = 96,
-    seed: int = 0,
-    image_size: int = 112,
-    tasks: list[str] | None = None,
-) -> Stream:
-    """The stream.
-
-    Args:
-        num_train, num_test: items of each task, answers in equal numbers.
-        seed: of which items, and of their jitter. image_size: pixels of a side.
-        tasks: only these, in this order.
-    """
-    return build_stream(
-        sys.modules[__name__], "pocket-domain", RECIPES, NOTE,
-        num_train=num_train, num_test=num_test, seed=seed, image_size=image_size, tasks=tasks,
-    )  # fmt: skip
+load = loader(__name__, "pocket-domain", RECIPES, NOTE)
