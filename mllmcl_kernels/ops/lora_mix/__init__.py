@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import numbers
 from collections.abc import Sequence
 
@@ -117,27 +116,20 @@ def resolve_per_expert(op: str, argument: str, value, experts: int, kind: type) 
     return values
 
 
-@functools.lru_cache(maxsize=1024)
-def _resolve_experts(op: str, ranks, scaling, trainable, total: int, experts: int | None) -> tuple[list, list, list]:
-    ranks = resolve_ranks(op, ranks, total, experts)
-    scaling = resolve_per_expert(op, "scaling", scaling, len(ranks), float)
-    trainable = resolve_per_expert(op, "trainable", True if trainable is None else trainable, len(ranks), bool)
-    return ranks, scaling, trainable
-
-
 def resolve_experts(
     op: str, ranks: Sequence[int] | None, scaling: float | Sequence[float], trainable: Sequence[bool] | None,
     total: int, experts: int | None,
 ) -> tuple[list[int], list[float], list[bool]]:  # fmt: skip
-    """Ranks, scalings and whether each trains, for every expert; looked up where the same was asked before."""
-    find = _resolve_experts.__wrapped__ if torch.compiler.is_compiling() else _resolve_experts
+    """Ranks, scalings and whether each trains, for every expert."""
     ranks = None if ranks is None else _each(op, "ranks", ranks, int, "E integers or None")
     if isinstance(scaling, numbers.Real) or (isinstance(scaling, Tensor) and scaling.dim() == 0):
         scaling = float(scaling)
     else:
         scaling = _each(op, "scaling", scaling, float, "a number or E numbers")
-    trainable = None if trainable is None else _each(op, "trainable", trainable, bool, "E booleans or None")
-    return find(op, ranks, scaling, trainable, total, experts)
+    trainable = True if trainable is None else _each(op, "trainable", trainable, bool, "E booleans or None")
+    ranks = resolve_ranks(op, ranks, total, experts)
+    scaling = resolve_per_expert(op, "scaling", scaling, len(ranks), float)
+    return ranks, scaling, resolve_per_expert(op, "trainable", trainable, len(ranks), bool)
 
 
 def _each(op: str, argument: str, values, kind: type, expected: str) -> tuple:
@@ -187,6 +179,64 @@ def check_layer(op: str, x, weight, bias, lora_a, lora_b) -> None:
     expect_shape(op, "lora_b", lora_b, "[d_out, R]", (weight.shape[0], lora_a.shape[0]))
     if bias is not None:
         expect_shape(op, "bias", bias, "[d_out]", (weight.shape[0],))
+
+
+def check_dropout(op: str, dropout: float) -> float:
+    return expect_real(op, "dropout", dropout, "a probability in [0, 1)", lambda p: 0.0 <= p < 1.0)
+
+
+#: what the checks of a call came to, by all that they look at
+_CHECKED: dict[tuple, tuple[list[int], list[float], list[bool], float]] = {}
+MOST_CHECKED = 4096
+#: a tuple of these never changes
+CONSTANTS = frozenset({int, float, bool})
+
+
+def _frozen(value: object) -> object:
+    return tuple(value) if type(value) is list else value
+
+
+def _is_constant(value: object) -> bool:
+    values = value if type(value) is tuple else (value,)
+    return value is None or CONSTANTS.issuperset(map(type, values))
+
+
+def check_call(
+    op: str, x, weight, bias, lora_a, lora_b, experts: int | None, ranks, scaling, trainable, dropout
+) -> tuple[list[int], list[float], list[bool], float]:  # fmt: skip
+    """Check layer and options; ranks, scalings and whether each trains, for every expert, and the dropout.
+
+    A model makes the same few kinds of calls again and again: what one came to is looked up for the next.
+    """
+
+    def check():
+        check_layer(op, x, weight, bias, lora_a, lora_b)
+        resolved = resolve_experts(op, ranks, scaling, trainable, lora_a.shape[0], experts)
+        return *resolved, check_dropout(op, dropout)
+
+    if torch.compiler.is_compiling():
+        return check()
+    options = (experts, _frozen(ranks), _frozen(scaling), _frozen(trainable), dropout, type(dropout))
+    try:
+        key = (
+            op, x.dtype, x.device, x.shape[-1],
+            weight.dtype, weight.device, weight.shape,
+            lora_a.dtype, lora_a.device, lora_a.shape,
+            lora_b.dtype, lora_b.device, lora_b.shape,
+            None if bias is None else (bias.dtype, bias.device, bias.shape),
+            *options,
+        )  # fmt: skip
+        found = _CHECKED.get(key)
+    except (AttributeError, IndexError, TypeError):
+        # the checks say what is wrong
+        return check()
+    if found is None:
+        found = check()
+        if all(map(_is_constant, options[:-1])):
+            if len(_CHECKED) >= MOST_CHECKED:
+                _CHECKED.clear()
+            _CHECKED[key] = found
+    return found
 
 
 def flatten_gates(op: str, gates: Tensor | None, lead: torch.Size, ranks: Sequence[int]) -> Tensor | None:
@@ -242,10 +292,6 @@ def in_one_dtype(x: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
     return [tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype) for tensor in (flat, *tensors)]
 
 
-def check_dropout(op: str, dropout: float) -> float:
-    return expect_real(op, "dropout", dropout, "a probability in [0, 1)", lambda p: 0.0 <= p < 1.0)
-
-
 def lora_mix(
     x: Tensor,
     weight: Tensor,
@@ -296,7 +342,7 @@ def lora_mix(
     torch.Size([2, 3, 5])
     """
     op = "lora_mix"
-    check_layer(op, x, weight, bias, lora_a, lora_b)
+    expect_tensor(op, "x", x)
     expect_tensor(op, "gates", gates, optional=True)
     experts = None
     if gates is not None:
@@ -315,12 +361,13 @@ def lora_mix(
             experts = gates.shape[-1] if gates.dim() else None
         else:
             expect(ranks is not None, op, "ranks", "given with integer gates", None)
-    ranks, scaling, trainable = resolve_experts(op, ranks, scaling, trainable, lora_a.shape[0], experts)
-    dropout = check_dropout(op, dropout)
+    ranks, scaling, trainable, dropout = check_call(
+        op, x, weight, bias, lora_a, lora_b, experts, ranks, scaling, trainable, dropout
+    )
     flat = flatten_gates(op, gates, x.shape[:-1], ranks)
     if flat is not None and not flat.is_floating_point():
         check_ids(op, flat, len(ranks))
-    elif flat is not None and flat.dtype != torch.float64:
+    elif flat is not None and flat.dtype not in (torch.float32, torch.float64):
         flat = flat.float()
     seed = draw_seed(x.device) if dropout > 0.0 else None
     y, _ = lora_mix_op(

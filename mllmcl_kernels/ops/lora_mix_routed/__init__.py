@@ -10,7 +10,7 @@ from ...checks import expect, expect_flag
 from ...dropout import draw_seed
 from ...op import Cost, Op
 from ..lora_mix import _cost as mix_cost
-from ..lora_mix import check_dropout, check_layer, in_one_dtype, resolve_experts
+from ..lora_mix import check_call, in_one_dtype
 from ..route import Routing, check_options, check_router, fake_routing, wrap_routing
 from .reference import lora_mix_routed_backward_reference, lora_mix_routed_reference
 from .samples import backward_samples, bad_samples, samples
@@ -123,13 +123,13 @@ def lora_mix_routed(
     (torch.Size([2, 3, 5]), tensor(6.))
     """
     op = "lora_mix_routed"
-    check_layer(op, x, weight, bias, lora_a, lora_b)
     check_router(op, x, router_weight, router_bias, ("router_weight", "router_bias"))
     experts = router_weight.shape[0]
     if ranks is not None:
         expect(len(ranks) == experts, op, "ranks", f"E = {experts} integers", list(ranks))
-    ranks, scaling, trainable = resolve_experts(op, ranks, scaling, trainable, lora_a.shape[0], experts)
-    dropout = check_dropout(op, dropout)
+    ranks, scaling, trainable, dropout = check_call(
+        op, x, weight, bias, lora_a, lora_b, experts, ranks, scaling, trainable, dropout
+    )
     top_k, flat_mask, drawn = check_options(op, x, experts, top_k, score, temperature, noise, expert_mask, token_mask)
     y, _, *routing = lora_mix_routed_op(
         *in_one_dtype(x, weight, bias, lora_a, lora_b, router_weight, router_bias),
