@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import inspect
 import json
 import re
 import sys
@@ -52,6 +53,14 @@ def methods() -> str:
     return table(
         ["name", "what it is", "source", "stores", "needs at test", "passes beside the batch's", "deviations"], rows
     )
+
+
+def smallest() -> str:
+    """The file of the method that needs least of its own."""
+    from mllmcl.methods import find
+
+    text = Path(inspect.getfile(find("rehearsal"))).read_text()
+    return f"```python\n{text}```"
 
 
 def streams() -> str:
@@ -145,7 +154,7 @@ def sweep() -> str:
 
 #: file to its tables
 TABLES = {
-    README: {"ops": ops, "methods": methods, "streams": streams, "highlights": highlights},
+    README: {"ops": ops, "methods": methods, "smallest": smallest, "streams": streams, "highlights": highlights},
     BENCHMARKS: {"races": races, "steps": steps, "sweep": sweep},
 }
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -165,16 +167,17 @@ def test_methods_are_found_created_and_refused(monkeypatch):
         methods.create("moelora", experts=1)
 
 
-def test_a_third_party_registers_by_entry_point(monkeypatch):
-    class Theirs(methods.Method):
-        name = "theirs"
-
-    class Entry:
-        name = "theirs"
-
-        @staticmethod
-        def load():
-            return Theirs
-
-    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [Entry] if group == "mllmcl.methods" else [])
-    assert isinstance(methods.create("theirs"), Theirs)
+def test_a_package_of_its_own_brings_a_method(tmp_path):
+    (tmp_path / "theirs.py").write_text(
+        "from mllmcl.methods.base import LoraMethod\n\n\n"
+        "class Theirs(LoraMethod):\n    name, summary, source, stores, at_test = "
+        "'theirs', 'from outside', 'none', 'nothing', 'nothing'\n"
+    )
+    facts = tmp_path / "theirs-1.0.dist-info"
+    facts.mkdir()
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
+    (facts / "entry_points.txt").write_text("[mllmcl.methods]\ntheirs = theirs:Theirs\n")
+    path = os.pathsep.join([str(tmp_path), str(Path(methods.__file__).parents[2])])
+    command = [sys.executable, "-m", "mllmcl", "methods"]
+    found = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True)
+    assert "from outside" in found.stdout and "theirs" in found.stdout
