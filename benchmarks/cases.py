@@ -112,6 +112,7 @@ class ListCase:
     """One call over a list of tensors of these `shapes`, experts stacked along the dimensions in `dims`.
 
     work: what is done, where the op has more than one way.
+    columns: whether what is stacked along dimension 1 lies by columns in memory; peers have rows.
     """
 
     title: str
@@ -121,10 +122,12 @@ class ListCase:
     dims: tuple[int, ...]
     experts: int
     rank: int
+    columns: bool = False
 
     def __str__(self) -> str:
         millions = sum(rows * columns for rows, columns in self.shapes) / 1e6
         parts = (self.title, f"{len(self.shapes)} tensors", f"{millions:.1f} M entries", self.work, self.mask)
+        parts = (*parts, "B by columns" if self.columns else "")
         return ", ".join(part for part in parts if part)
 
 
@@ -300,11 +303,13 @@ def _lists(device: str, works: tuple[tuple[str, str], ...], one: str | None = No
 
 def adamw_cases(device: str) -> tuple[ListCase, ...]:
     small = _lists(device, tuple(("", mask) for mask in MASKS), "")
-    if device == "cuda":
-        return small
-    shapes = _lora_shapes(4, WIDE_LAYER, 128)
-    dims = tuple(place % 2 for place in range(len(shapes)))
-    return (*small, *(ListCase("LoRA experts of 16 on 2048", "", mask, shapes, dims, 8, 16) for mask in MASKS[:2]))
+    wide = ()
+    if device == "cpu":
+        shapes = _lora_shapes(4, WIDE_LAYER, 128)
+        dims = tuple(place % 2 for place in range(len(shapes)))
+        wide = tuple(ListCase("LoRA experts of 16 on 2048", "", mask, shapes, dims, 8, 16) for mask in MASKS[:2])
+    cases = (*small, *wide)
+    return (*cases, *(replace(case, columns=True) for case in cases if case.mask == MASKS[1]))
 
 
 def ema_cases(device: str) -> tuple[ListCase, ...]:

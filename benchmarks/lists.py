@@ -32,7 +32,10 @@ def masks_of(case: ListCase, generator: torch.Generator) -> list[Mask | None]:
 
 def draw(case: ListCase, generator: torch.Generator, scale: float = 1.0) -> list[Tensor]:
     """Normal numbers in the shapes of the case."""
-    return [scale * torch.randn(shape, generator=generator, device=generator.device) for shape in case.shapes]
+    drawn = [scale * torch.randn(shape, generator=generator, device=generator.device) for shape in case.shapes]
+    if not case.columns:
+        return drawn
+    return [tensor.t().contiguous().t() if dim else tensor for tensor, dim in zip(drawn, case.dims, strict=True)]
 
 
 def _restoring(run: Callable, written: list[Tensor], masks: Sequence[Mask | None]) -> Callable[[], object]:
@@ -84,7 +87,8 @@ def race_lists(
     assert reason is None, reason
     field = {"ours": lambda: call(**lists, masks=masks)}
     for name, run in peers.items():
-        own = copies()
+        # by rows, which torch is made for
+        own = {key: [tensor.contiguous() for tensor in tensors] for key, tensors in copies().items()}
         step = functools.partial(run, *own.values())
         field[name] = _restoring(step, [tensor for key in written for tensor in own[key]], [*masks] * len(written))
     race(record, field, device, max(3, rounds * 2 // 3))

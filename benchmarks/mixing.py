@@ -15,7 +15,10 @@ SCALING = 2.0
 
 
 def layer(case: MixCase, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor | None]:
-    """A frozen layer, adapters that train, and the gates or ids of the case, with a direction for the backward."""
+    """A frozen layer, adapters that train, and the gates or ids of the case, with a direction for the backward.
+
+    `b_columns` is `b` once more, by columns in memory.
+    """
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
@@ -33,6 +36,7 @@ def layer(case: MixCase, device: torch.device, dtype: torch.dtype) -> dict[str, 
         "dy": normal(case.tokens, case.out),
         "router": normal(case.experts, case.width, scale=case.width**-0.5).requires_grad_(),
     }
+    found["b_columns"] = found["b"].detach().t().contiguous().t().requires_grad_()
     if case.gates == "token":
         found["gates"] = torch.softmax(normal(case.tokens, case.experts).float(), -1).to(dtype).requires_grad_()
     elif case.gates == "sample":

@@ -15,6 +15,7 @@ from .measuring import RESULTS, Case, misses, other_backends, providers_used, ra
 from .mixing import SCALING, captured, layer, step, useful_flops, values_and_gradients
 
 NAMES = ("y", "dx", "da", "db", "dgates")
+BY_COLUMNS = "ours, B by columns"
 
 
 def ours(x, weight, bias, a, b, gates, *, case: MixCase, backend: str | None = None, dropout: float = 0.0):
@@ -75,11 +76,16 @@ def contestants(case: MixCase, tensors: dict, record: Case) -> dict:
     options = {"rank": case.rank, "scaling": SCALING}
     dropping = options | {"dropout": case.dropout}
     call = {"case": case, "dropout": case.dropout}
-    field = {"ours": lambda: ours(x, weight, bias, a, b, gates, **call)}
+    b_columns = tensors["b_columns"]
+    field = {
+        "ours": lambda: ours(x, weight, bias, a, b, gates, **call),
+        BY_COLUMNS: lambda: ours(x, weight, bias, a, b_columns, gates, **call),
+    }
     for backend in other_backends(REGISTRY["lora_mix"], record.providers["lora_mix"]):
         field[f"ours ({backend})"] = lambda backend=backend: ours(x, weight, bias, a, b, gates, backend=backend, **call)
     field["loop over experts"] = lambda: peers.loop_over_experts(x, weight, bias, a, b, dense, **dropping)
     field["stacked"] = lambda: peers.stacked(x, weight, bias, a, b, dense, **dropping)
+    field["stacked, B by columns"] = lambda: peers.stacked(x, weight, bias, a, b_columns, dense, **dropping)
     if case.gates == "sample":
         _add_grouped(field, case, tensors, record)
     if case.experts == 1 and not case.dropout:
@@ -104,7 +110,7 @@ def contestants(case: MixCase, tensors: dict, record: Case) -> dict:
     return field
 
 
-def refused(case: MixCase, tensors: dict, backend: str | None) -> str | None:
+def refused(case: MixCase, tensors: dict, backend: str | None, b: str = "b") -> str | None:
     """Why value or gradients of this backend are not what the formula says on this very case, without dropout."""
     given = {key: tensors[key] for key in ("x", "weight", "bias", "a", "b")}
     given["gates"] = tensors["ids"] if case.gates == "sample" else tensors["gates"]
@@ -117,7 +123,7 @@ def refused(case: MixCase, tensors: dict, backend: str | None) -> str | None:
         return ours(x, weight, bias, a, b, gates, case=case, backend=backend)
 
     dy = tensors["dy"]
-    found = values_and_gradients(mine, given, dy, wide=False)
+    found = values_and_gradients(mine, given | {"b": tensors[b]}, dy, wide=False)
     usual, truth = (values_and_gradients(plain, given, dy, wide=wide) for wide in (False, True))
     return misses(found, usual, truth, NAMES[: len(found)])
 
@@ -131,12 +137,15 @@ def test_lora_mix(benchmark, mix_case: MixCase, device, dtype, rounds):
         reason = refused(case, tensors, None)
     field = contestants(case, tensors, record)
     for name in [name for name in field if name.startswith("ours")]:
-        backend = name.removeprefix("ours").strip(" ()") or None
-        why = reason if backend is None else refused(case, tensors, backend)
+        if name == BY_COLUMNS:
+            why = refused(case, tensors, None, "b_columns")
+        else:
+            backend = name.removeprefix("ours").strip(" ()") or None
+            why = reason if backend is None else refused(case, tensors, backend)
         if why:
             record.refused[name] = why
             del field[name]
-    leaves = [tensors[key] for key in ("x", "a", "b", "gates") if tensors[key] is not None]
+    leaves = [tensors[key] for key in ("x", "a", "b", "b_columns", "gates") if tensors[key] is not None]
     leaves += [leaf for name in ("grouped", "PEFT", "PEFT, adapters not cast") for leaf in tensors.get(name, [])]
     dy = tensors["dy"] if case.backward else None
     steps = {name: step(run, leaves, dy) for name, run in field.items()}
@@ -180,9 +189,10 @@ def test_saved_activations(benchmark, device, dtype, request):
         case = shrink(case)
     tensors = layer(case, device, dtype)
     given = [tensors[key] for key in ("x", "weight", "bias", "a", "b", "gates")]
-    there = {tensor.untyped_storage().data_ptr() for tensor in given}
+    mine = [tensors[key] for key in ("x", "weight", "bias", "a", "b_columns", "gates")]
+    there = {tensor.untyped_storage().data_ptr() for tensor in (*given, *mine)}
     field = {
-        "ours": lambda: ours(*given, case=case),
+        "ours": lambda: ours(*mine, case=case),
         "loop": lambda: peers.loop_over_experts(*given, case.rank, SCALING),
         "stacked": lambda: peers.stacked(*given, case.rank, SCALING),
     }

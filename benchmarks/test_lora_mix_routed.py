@@ -39,6 +39,7 @@ def test_lora_mix_routed(benchmark, routed_case: MixCase, device, dtype, rounds)
     case = routed_case
     tensors = layer(case, device, dtype)
     given = {key: tensors[key] for key in ("x", "weight", "bias", "a", "b", "router")}
+    mine = given | {"b": tensors["b_columns"]}
     work = useful_flops(case) + (6 if case.backward else 2) * case.tokens * case.width * case.experts
     record = Case("lora_mix_routed", f"{case}, {str(dtype).removeprefix('torch.')}", flops=work)
     RESULTS.append(record)
@@ -61,12 +62,15 @@ def test_lora_mix_routed(benchmark, routed_case: MixCase, device, dtype, rounds)
     usual, truth = (values_and_gradients(stacked, given, tensors["dy"], wide=wide) for wide in (False, True))
 
     def refused(backend) -> str | None:
-        found = values_and_gradients(lambda **g: ours(backend, **g), given, tensors["dy"], wide=False)
-        return misses(found, usual, truth, NAMES)
+        for layout in (given, mine):
+            found = values_and_gradients(lambda **g: ours(backend, **g), layout, tensors["dy"], wide=False)
+            if reason := misses(found, usual, truth, NAMES):
+                return reason
+        return None
 
     with providers_used() as record.providers:
         record.refused["ours"] = refused(None)
-    field = {"ours": lambda: ours(**given)}
+    field = {"ours": lambda: ours(**given), "ours, B by columns": lambda: ours(**mine)}
     for backend in other_backends(REGISTRY["lora_mix_routed"], record.providers["lora_mix_routed"]):
         name = f"ours ({backend})"
         record.refused[name] = refused(backend)
@@ -76,9 +80,10 @@ def test_lora_mix_routed(benchmark, routed_case: MixCase, device, dtype, rounds)
         "route, then lora_mix": lambda: in_two(**given),
         "loop over experts": lambda: by_hand(peers.loop_over_experts, **given),
         "stacked": lambda: stacked(**given),
+        "stacked, B by columns": lambda: stacked(**mine),
         "base linear": lambda: peers.base(*(given[key] for key in ("x", "weight", "bias"))),
     }
-    leaves = [given[key] for key in ("x", "a", "b", "router")]
+    leaves = [given[key] for key in ("x", "a", "b", "router")] + [mine["b"]]
     if case.top_k:
         leaves += add_grouped(field, case, given, record, lambda: stacked(**given))
     dy = tensors["dy"] if case.backward else None

@@ -9,7 +9,7 @@ from mllmcl_kernels import Mask, MaskedAdamW
 
 from . import packages, peers
 from .cases import ListCase
-from .lists import masks_of
+from .lists import draw, masks_of
 from .measuring import RESULTS, Case, misses, providers_used, race
 
 OPTIONS = {"lr": 1e-4, "weight_decay": 0.01}
@@ -18,9 +18,11 @@ PASSES = 7
 
 
 def copies(tensors: list[Tensor]) -> list[Tensor]:
-    found = [tensor.detach().clone().requires_grad_() for tensor in tensors]
+    """By rows, which torch's optimizers are made for."""
+    rows = torch.contiguous_format
+    found = [tensor.detach().clone(memory_format=rows).requires_grad_() for tensor in tensors]
     for new, old in zip(found, tensors, strict=True):
-        new.grad = old.grad.clone()
+        new.grad = old.grad.clone(memory_format=rows)
     return found
 
 
@@ -73,9 +75,9 @@ def contestants(params: list[Tensor], masks: list[Mask | None], record: Case) ->
 def test_masked_adamw(benchmark, adamw_case: ListCase, device, rounds):
     case = adamw_case
     generator = torch.Generator(device).manual_seed(0)
-    params = [torch.randn(shape, generator=generator, device=device).requires_grad_() for shape in case.shapes]
-    for param in params:
-        param.grad = torch.randn(param.shape, generator=generator, device=device)
+    params, grads = draw(case, generator), draw(case, generator)
+    for param, grad in zip(params, grads, strict=True):
+        param.requires_grad_().grad = grad
     masks = masks_of(case, generator)
     share = 1 / case.experts if case.mask.startswith("1 of") else 1.0
     record = Case("masked_adamw_", f"{case}, float32", bytes=int(share * PASSES * 4 * sum(p.numel() for p in params)))

@@ -27,7 +27,6 @@ __all__ = [
     "expect_real",
     "expect_shape",
     "expect_tensor",
-    "list_reason",
     "shapes_of",
 ]
 
@@ -83,24 +82,6 @@ def dtypes_in(*lists: Sequence[Tensor]) -> set[torch.dtype]:
 def are_contiguous(*lists: Sequence[Tensor]) -> bool:
     """Whether every tensor of the lists is contiguous."""
     return all(all(map(Tensor.is_contiguous, tensors)) for tensors in lists)
-
-
-def list_reason(
-    lists: Iterable[Sequence[Tensor]], what: str, *written: Sequence[Tensor], pairs: dict[str, tuple] | None = None
-) -> str | None:
-    """Why C++ kernels cannot take these lists, or None.
-
-    A dtype they do not convert, `written` lists, `what`, with gaps, or lists of `pairs` whose dtypes differ.
-    """
-    dtypes = dtypes_in(*lists)
-    foreign = dtypes - {torch.float32, torch.bfloat16, torch.float16}
-    if foreign:
-        return f"computes in float32, got {', '.join(sorted(map(str, foreign)))}"
-    if len(dtypes) > 1 and pairs:
-        for reason, (these, those) in pairs.items():
-            if list(map(DTYPE, these)) != list(map(DTYPE, those)):
-                return reason
-    return None if are_contiguous(*written) else f"{what} have to be contiguous"
 
 
 def are_floating(*lists: Sequence) -> bool:

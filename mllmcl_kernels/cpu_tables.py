@@ -7,18 +7,17 @@ A call brings hundreds of tensors: handing each over takes longer than looking u
 
 from __future__ import annotations
 
-import functools
-import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from .checks import DTYPE, are_contiguous, dtypes_in, shapes_of
+from .checks import DTYPE, dtypes_in
+from .layouts import laid_like, laid_masks, lie_alike, slices
 from .masks import NONE
 
-__all__ = ["addresses", "list_table", "number_table", "slices"]
+__all__ = ["addresses", "list_reason", "list_table", "number_table"]
 
 #: torch's own numbers of the dtypes
 DTYPE_CODE = {torch.float16: 5, torch.float32: 6, torch.bfloat16: 15}
@@ -36,35 +35,43 @@ def addresses(tensors: Sequence[Tensor]) -> list[int]:
     return list(map(Tensor.data_ptr, tensors))
 
 
-@functools.lru_cache(maxsize=4096)
-def _slice(shape: torch.Size, dim: int) -> tuple[int, int]:
-    if dim >= 0:
-        return shape[dim], math.prod(shape[dim + 1 :])
-    return (0 if dim == NONE else math.prod(shape)), 1
+def list_reason(
+    lists: Iterable[Sequence[Tensor]], what: str, *written: Sequence[Tensor], pairs: dict[str, tuple] | None = None
+) -> str | None:
+    """Why C++ kernels cannot take these lists, or None.
 
-
-def slices(tensors: Sequence[Tensor], dims: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Of each tensor how many slices its dimension has, and how many consecutive numbers each.
-
-    Below 0 a slice is one number, and there are none for NONE.
+    A dtype they do not convert, `written` lists, `what`, that lie differently or with gaps, or lists of `pairs` whose
+    dtypes differ.
     """
-    numbers, inner = zip(*map(_slice, shapes_of(tensors), dims), strict=True)
-    return list(numbers), list(inner)
+    dtypes = dtypes_in(*lists)
+    foreign = dtypes - {torch.float32, torch.bfloat16, torch.float16}
+    if foreign:
+        return f"computes in float32, got {', '.join(sorted(map(str, foreign)))}"
+    if len(dtypes) > 1 and pairs:
+        for reason, (these, those) in pairs.items():
+            if list(map(DTYPE, these)) != list(map(DTYPE, those)):
+                return reason
+    return None if lie_alike(*written) else f"{what} must lie in memory alike and without gaps"
 
 
 def list_table(
-    streams: Sequence[Sequence[Tensor]], masks: Sequence[Tensor], kinds: Sequence[int], actives: Sequence[int]
-) -> Tensor:
-    """What C++ has to know of k lists of contiguous tensors, which an update goes through together, and their masks.
+    written: Sequence[Sequence[Tensor]], read: Sequence[Sequence[Tensor]],
+    masks: Sequence[Tensor], kinds: Sequence[int], actives: Sequence[int],
+) -> tuple[Tensor, list[Sequence[Tensor]]]:  # fmt: skip
+    """What C++ has to know of k lists of tensors, which an update goes through together, and their masks.
 
     int64: n, whether there are masks, and of each list its dtype, or -1 where it has several; then sizes `[n]`, of each
     list addresses `[n]` and, where there are several, dtypes `[n]`; with masks their addresses, kinds, actives, numbers
-    of slices and lengths of one, `[n]` each. The caller holds every tensor until the call is done.
+    of slices and lengths of one, `[n]` each. Written lists come first; `list_reason` has seen to it that they lie alike
+    and without gaps. What else lies differently is copied. The caller holds every tensor, and what comes with the
+    table, until the call is done.
 
     Raises:
         ValueError: what memory safety needs does not hold: C++ trusts the table.
     """
-    sizes = list(map(Tensor.numel, streams[0]))
+    heads = written[0]
+    read, masks = [laid_like(heads, tensors) for tensors in read], laid_masks(heads, masks, kinds)
+    streams, sizes = (*written, *read), list(map(Tensor.numel, heads))
     if any(list(map(Tensor.numel, tensors)) != sizes for tensors in streams[1:]):
         raise ValueError("mllmcl_cpu: tensors must be of one size at each place of the lists")
     masked = kinds.count(NONE) < len(kinds)
@@ -77,8 +84,8 @@ def list_table(
             head.append(-1)
             body += map(DTYPE_CODE.__getitem__, map(DTYPE, tensors))
     if masked:
-        numbers, inner = slices(streams[0], kinds)
-        if list(map(Tensor.numel, masks)) != numbers or dtypes_in(masks) != {torch.uint8} or not are_contiguous(masks):
-            raise ValueError("mllmcl_cpu: masks must be contiguous uint8 and fit their tensors")
+        numbers, inner = slices(heads, kinds)
+        if list(map(Tensor.numel, masks)) != numbers or dtypes_in(masks) != {torch.uint8}:
+            raise ValueError("mllmcl_cpu: masks must be uint8 and fit their tensors")
         body += [*addresses(masks), *kinds, *actives, *numbers, *inner]
-    return number_table(head + body)
+    return number_table(head + body), [*read, masks]

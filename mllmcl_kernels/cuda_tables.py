@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .layouts import slices
 from .masks import NONE
 
 __all__ = ["CHUNK", "DTYPE_CODE", "chunk_starts", "entry", "tables"]
@@ -21,11 +22,7 @@ DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 def entry(tensor: Tensor, pointers: Sequence[int], mask: Tensor, kind: int, active: int) -> tuple[int, ...]:
     """One row of the tensor table: param, grad, mean, square, mask, numel, kind, active, rows, inner."""
-    rows, inner = 1, 1
-    if kind >= 0:
-        rows = tensor.shape[kind]
-        for size in tensor.shape[kind + 1 :]:
-            inner *= size
+    (rows,), (inner,) = slices([tensor], [kind]) if kind >= 0 else ((1,), (1,))
     pointer = 0 if kind == NONE else mask.data_ptr()
     return (*pointers, pointer, tensor.numel(), kind, active, max(rows, 1), max(inner, 1))
 

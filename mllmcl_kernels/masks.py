@@ -154,12 +154,12 @@ def flatten_masks(
     # one empty tensor stands for every mask that is not there
     nothing = tensors[0].new_empty(0, dtype=torch.uint8)
     if not torch.compiler.is_compiling() and _all_fit(tensors, masks):
-        return list(map(Tensor.contiguous, map(TENSOR, masks))), list(map(KIND, masks)), list(map(ACTIVE, masks))
+        return list(map(TENSOR, masks)), list(map(KIND, masks)), list(map(ACTIVE, masks))
     flat, kinds, actives = [nothing] * len(tensors), [NONE] * len(tensors), [0] * len(tensors)
     for index, (tensor, mask) in enumerate(zip(tensors, masks, strict=True)):
         if mask is not None:
             if not isinstance(mask, Mask):
                 expect(False, op, f"masks[{index}]", "a Mask or None", type(mask).__name__, TypeError)
             mask.check(op, f"masks[{index}]", tensor)
-            flat[index], kinds[index], actives[index] = mask.tensor.contiguous(), mask.kind, mask.active
+            flat[index], kinds[index], actives[index] = mask.tensor, mask.kind, mask.active
     return flat, kinds, actives

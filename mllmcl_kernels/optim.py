@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .checks import expect, expect_betas, expect_number, expect_real, expect_tensor
 from .faults import poll_faults
+from .layouts import laid_masks, lie_alike
 from .masks import Mask, flatten_masks
 from .ops.masked_adamw import masked_adamw_op
 
@@ -144,6 +145,10 @@ class MaskedAdamW(torch.optim.Optimizer):
             dtype = self.state_dtype or param.dtype
             state["exp_avg"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+        elif not lie_alike([param], [state["exp_avg"]], [state["exp_avg_sq"]]):
+            # from a file, where they lie by rows
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = torch.empty_like(param, dtype=state[name].dtype).copy_(state[name])
         return state
 
     def _scale(self) -> float | Tensor:
@@ -239,5 +244,6 @@ class MaskedAdamW(torch.optim.Optimizer):
         states, step = [self.state[param] for param in members], torch.tensor(count, dtype=torch.float32)
         for state in states:
             state["step"] = step  # one for all: hundreds of additions to single numbers take a millisecond
-        masks = flatten_masks("MaskedAdamW", members, [self._masks.get(param) for param in members])
+        masks, kinds, actives = flatten_masks("MaskedAdamW", members, [self._masks.get(param) for param in members])
+        masks = laid_masks(members, masks, kinds), kinds, actives
         return _Cohort(members, places, states, step, count, masks)

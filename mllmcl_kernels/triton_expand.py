@@ -119,7 +119,7 @@ def dual_product(x: Tensor, weight: Tensor, bias: Tensor | None, mixed: Tensor, 
     x [T, K], weight [N, K], bias [N] or None, mixed [T, R], lora_b [N, R], all of one dtype. weight and lora_b may both
     be transposed views.
     """
-    across = weight.stride(0) == 1 and lora_b.stride(0) == 1 and weight.stride(1) != 1
+    across = _lies_across(weight) and lora_b.stride(0) == 1
     x, mixed = x.contiguous(), mixed if mixed.stride(1) == 1 else mixed.contiguous()
     if not across:
         weight, lora_b = weight.contiguous(), lora_b.contiguous()
@@ -144,7 +144,7 @@ def dual_product(x: Tensor, weight: Tensor, bias: Tensor | None, mixed: Tensor, 
 @triton.jit
 def _dual_product_maps_kernel(
     y_ptr, x_map, weight_map, mixed_map, b_map, bias_ptr, T, N, K, R,
-    HAS_BIAS: tl.constexpr, ACROSS: tl.constexpr, GROUP: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ACROSS: tl.constexpr, B_ACROSS: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The same by as many programs as processors; the copy engine fetches their tiles, zeros for what is outside."""
@@ -158,7 +158,7 @@ def _dual_product_maps_kernel(
         acc = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
         for start in range(0, R, BLOCK_K):
             left = mixed_map.load([first_t, start])
-            right = b_map.load([start, first_n]) if ACROSS else b_map.load([first_n, start]).T
+            right = b_map.load([start, first_n]) if B_ACROSS else b_map.load([first_n, start]).T
             acc = dot(left, right, acc, "ieee")
         for start in range(0, K, BLOCK_K):
             left = x_map.load([first_t, start])
@@ -176,30 +176,35 @@ MAPS_TILES = (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 4, 4), Tile(128, 256,
 
 
 def maps_product(x: Tensor, weight: Tensor, bias: Tensor | None, mixed: Tensor, lora_b: Tensor) -> Tensor:
-    """As `dual_product`, by tensor maps: for Hopper and later, and rows that begin at multiples of 16 bytes."""
-    across = weight.stride(0) == 1 and lora_b.stride(0) == 1 and weight.stride(1) != 1
-    right = (weight.t(), lora_b.t()) if across else (weight, lora_b)
+    """As `dual_product`, by tensor maps: for Hopper and later, and rows that begin at multiples of 16 bytes.
+
+    weight and lora_b may each be a transposed view.
+    """
+    across, b_across = _lies_across(weight), _lies_across(lora_b)
+    right = (weight.t() if across else weight, lora_b.t() if b_across else lora_b)
     x, mixed, weight_rows, b_rows = (_mappable(tensor) for tensor in (x, mixed, *right))
     (tokens, width), (out, rank) = x.shape, lora_b.shape
     y = x.new_empty(tokens, out)
 
     def run(tile: Tile) -> None:
-        left, right = [tile.m, tile.k], [tile.k, tile.n] if across else [tile.n, tile.k]
-        maps = [
-            TensorDescriptor.from_tensor(*pair)
-            for pair in ((x, left), (weight_rows, right), (mixed, left), (b_rows, right))
-        ]
+        left, by_rows, by_columns = [tile.m, tile.k], [tile.n, tile.k], [tile.k, tile.n]
+        blocks = (left, by_columns if across else by_rows, left, by_columns if b_across else by_rows)
+        maps = list(map(TensorDescriptor.from_tensor, (x, weight_rows, mixed, b_rows), blocks))
         programs = min(ceil_div(tokens, tile.m) * ceil_div(out, tile.n), num_processors(x.device))
         launch(
             _dual_product_maps_kernel, (programs,),
             y, *maps, y if bias is None else bias.contiguous(), tokens, out, width, rank,
-            HAS_BIAS=bias is not None, ACROSS=across, GROUP=8,
+            HAS_BIAS=bias is not None, ACROSS=across, B_ACROSS=b_across, GROUP=8,
             BLOCK_T=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, warps=tile.warps, stages=tile.stages,
         )  # fmt: skip
 
-    key = ("maps_product", bucket(tokens), width, out, rank, across, x.dtype)
+    key = ("maps_product", bucket(tokens), width, out, rank, across, b_across, x.dtype)
     run(pick_tile(key, MAPS_TILES, x.device, run))
     return y
+
+
+def _lies_across(tensor: Tensor) -> bool:
+    return tensor.stride(0) == 1 and tensor.stride(1) != 1
 
 
 def _mappable(tensor: Tensor) -> Tensor:
@@ -259,7 +264,7 @@ def add_product(x: Tensor, weight: Tensor, bias: Tensor | None, mixed: Tensor, l
     def run(way: Way) -> Tensor:
         return _run(way, x, weight, bias, mixed, lora_b)
 
-    key = ("add_product", bucket(tokens), width, out, rank, weight.stride(0) == 1, x.dtype)
+    key = ("add_product", bucket(tokens), width, out, rank, weight.stride(0) == 1, lora_b.stride(0) == 1, x.dtype)
     return run(pick_tile(key, _candidates_for(x, rank), x.device, run))
 
 

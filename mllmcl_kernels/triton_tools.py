@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from .checks import dtypes_in
 from .dropout import COLUMN_STEP, ROW_STEP
+from .layouts import laid_like, laid_masks, slices
 from .library import debug_checks
 from .masks import NONE, OWNER
 
@@ -52,6 +52,7 @@ __all__ = [
     "lane_softmax_step",
     "launch",
     "lives_there",
+    "masked_by_dtypes",
     "note_wrong_ids",
     "num_processors",
     "power_of_two",
@@ -480,13 +481,13 @@ def device_tables(make: Callable[..., Sequence[Tensor]], key: tuple, device: tor
 def table_rows(
     lists: Sequence[Sequence[Tensor]], masks: Sequence[Tensor], kinds: Sequence[int], actives: Sequence[int]
 ) -> tuple[tuple[int, ...], ...]:
-    """Rows of a `ChunkTable` for contiguous tensors, `lists[l][i]` all of tensor i's shape."""
+    """Rows of a `ChunkTable` for tensors without gaps, `lists[l][i]` all of tensor i's shape and laid alike."""
     rows = []
+    numbers, lengths = slices(lists[0], kinds)
     for index, (mask, kind, active) in enumerate(zip(masks, kinds, actives, strict=True)):
-        shape = lists[0][index].shape
-        inner, slices = (math.prod(shape[kind + 1 :]), shape[kind]) if kind >= 0 else (1, 1)
+        inner, count = (lengths[index], numbers[index]) if kind >= 0 else (1, 1)
         addresses = [tensors[index].data_ptr() for tensors in lists]
-        row = (*addresses, mask.data_ptr(), kind, active, inner, slices, lists[0][index].numel())
+        row = (*addresses, mask.data_ptr(), kind, active, inner, count, lists[0][index].numel())
         assert len(row) == len(lists) + _MASK_COLUMNS
         rows.append(row)
     return tuple(rows)
@@ -495,7 +496,7 @@ def table_rows(
 def chunk_table(
     lists: Sequence[Sequence[Tensor]], masks: Sequence[Tensor], kinds: Sequence[int], actives: Sequence[int]
 ) -> ChunkTable:
-    """The table of contiguous tensors, masks as `flatten_masks` gives them."""
+    """The table of tensors without gaps that lie alike, masks as `flatten_masks` gives them."""
     rows = table_rows(lists, masks, kinds, actives)
     return ChunkTable(*device_tables(_chunks, (rows,), lists[0][0].device), is_wide(rows))
 
@@ -505,25 +506,39 @@ def is_wide(rows: tuple[tuple[int, ...], ...]) -> bool:
     return max(row[-1] for row in rows) >= 2**31
 
 
-def by_dtypes(
-    lists: Sequence[Sequence[Tensor]], written: Sequence[int], *columns: Sequence
-) -> Iterator[tuple[list[list[Tensor]], list[list]]]:
-    """For each combination of dtypes the contiguous tensors of every list, and the columns' values beside them.
+def _in_rows(_heads: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor.contiguous() for tensor in tensors]
 
-    Tensors without entries are left out. When the caller comes back for the next ones, strided tensors of the lists at
-    the places `written` receive what was written into their copies.
+
+def by_dtypes(
+    lists: Sequence[Sequence[Tensor]], written: Sequence[int], *columns: Sequence, lay: Callable = _in_rows
+) -> Iterator[tuple[list[list[Tensor]], list[list]]]:
+    """For each combination of dtypes the tensors of every list without gaps, and the columns' values beside them.
+
+    Tensors without entries are left out. When the caller comes back for the next ones, tensors of the lists at the
+    places `written` receive what was written into their copies. `lay` copies tensors as the first list's may want it.
     """
     groups: dict[tuple[torch.dtype, ...], list[int]] = {}
     for index, tensors in enumerate(zip(*lists, strict=True)):
         if tensors[0].numel():
             groups.setdefault(tuple(tensor.dtype for tensor in tensors), []).append(index)
     for indices in groups.values():
-        flat = [[tensors[index].contiguous() for index in indices] for tensors in lists]
+        heads = [lists[0][index] for index in indices]
+        flat = [lay(heads, [tensors[index] for index in indices]) for tensors in lists]
         yield flat, [[column[index] for index in indices] for column in columns]
         for place in written:
             for index, copy in zip(indices, flat[place], strict=True):
                 if copy is not lists[place][index]:
                     lists[place][index].copy_(copy)
+
+
+def masked_by_dtypes(
+    lists: Sequence[Sequence[Tensor]], written: Sequence[int], masks: Sequence[Tensor], kinds: Sequence[int],
+    *columns: Sequence,
+) -> Iterator[tuple[list[list[Tensor]], list[list]]]:  # fmt: skip
+    """`by_dtypes` with tensors and masks laid as the first list's tensors lie; the columns begin with masks, kinds."""
+    for flat, (some, kinds_here, *rest) in by_dtypes(lists, written, masks, kinds, *columns, lay=laid_like):
+        yield flat, [laid_masks(flat[0], some, kinds_here), kinds_here, *rest]
 
 
 def lives_there(value: Tensor, device: torch.device) -> bool:

@@ -127,6 +127,39 @@ MLLMCL_CLONES void narrow_slice(int64_t height, MLLMCL_SLICE) {
   }
 }
 
+// out += f[0] w[0] + f[1] w[1] + ..., one after the other: zeros among the factors leave the bits of the rest
+MLLMCL_CLONES void add_four(const float* f, const float* w, int64_t stride, int64_t count, float* __restrict__ out) {
+  const float *w0 = w, *w1 = w + stride, *w2 = w + 2 * stride, *w3 = w + 3 * stride;
+  const float f0 = f[0], f1 = f[1], f2 = f[2], f3 = f[3];
+  for (int64_t i = 0; i < count; ++i) {
+    float sum = out[i];
+    sum += f0 * w0[i];
+    sum += f1 * w1[i];
+    sum += f2 * w2[i];
+    sum += f3 * w3[i];
+    out[i] = sum;
+  }
+}
+
+MLLMCL_CLONES void add_one(float f, const float* w, int64_t count, float* __restrict__ out) {
+  for (int64_t i = 0; i < count; ++i) out[i] += f * w[i];
+}
+
+// out += x w on columns [n, last), w [depth, columns] as it lies. Rows of w that no row of x needs are not read.
+void add_rows(const Factors& more, int64_t first, int64_t rows, int64_t n, int64_t last, int64_t columns, float* out) {
+  const float* x = more.x + first * more.depth;
+  for (int64_t j = 0; j < more.depth; j += 4) {
+    const int64_t group = std::min<int64_t>(4, more.depth - j);
+    for (int64_t row = 0; row < rows; ++row) {
+      const float *factors = x + row * more.depth + j, *w = more.w + j * columns + n;
+      float* to = out + row * columns + n;
+      if (std::all_of(factors, factors + group, [](float f) { return f == 0.0f; })) continue;
+      if (group == 4) add_four(factors, w, columns, last - n, to);
+      else for (int64_t i = 0; i < group; ++i) add_one(factors[i], w + i * columns, last - n, to);
+    }
+  }
+}
+
 bool has_wide_registers() {
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(MLLMCL_BASELINE)
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
@@ -172,7 +205,8 @@ void pack(const float* x, int64_t depth, int64_t padded, int64_t lane_count, con
 
 }  // namespace
 
-void few_rows_product(const Factors* given, int64_t count, const float* bias, int64_t rows, int64_t columns, float* out) {
+void few_rows_product(const Factors* given, int64_t count, const float* bias, int64_t rows, int64_t columns, float* out,
+                      const Factors* more) {
   need(0 < count && count <= kMostPairs, "few_rows_product takes one or two pairs");
   static const bool wide = has_wide_registers();
   const int64_t lane_count = wide ? 16 : 8, most = wide ? 8 : 4;
@@ -195,6 +229,7 @@ void few_rows_product(const Factors* given, int64_t count, const float* bias, in
       float* to = out + group.first * columns;
       if (wide) wide_slice(height, pairs, count, group.panels(), bias, n, last, group.count, to, columns);
       else narrow_slice(height, pairs, count, group.panels(), bias, n, last, group.count, to, columns);
+      if (more != nullptr) add_rows(*more, group.first, group.count, n, last, columns, to);
     });
   }
 }

@@ -111,7 +111,11 @@ void mix_few(Tensor x, Tensor dropped, Tensor weight, std::optional<Tensor> bias
              std::optional<Tensor> gates, Tensor starts, Tensor scaling, Tensor s, Tensor y) {
   need(x.dim() == 2 && weight.dim() == 2 && lora_a.dim() == 2, "x, weight and lora_a must be matrices");
   const int64_t tokens = x.size(0), width = x.size(1), out = weight.size(0), ranks = lora_a.size(0);
-  for (Tensor* t : {&x, &dropped, &weight, &lora_a, &lora_b}) *t = in_a_row(*t);
+  // B by columns is B^T by rows
+  const bool by_columns = lora_b.dim() == 2 && lora_b.size(0) == out && lora_b.size(1) == ranks &&
+                          lora_b.stride(0) == 1 && lora_b.stride(1) == out && ranks > 1;
+  for (Tensor* t : {&x, &dropped, &weight, &lora_a}) *t = in_a_row(*t);
+  if (!by_columns) lora_b = in_a_row(lora_b);
   bias = in_a_row(bias);
   gates = in_a_row(gates);
   const Gates rule = read_gates(gates, starts, scaling, tokens, ranks);
@@ -122,13 +126,15 @@ void mix_few(Tensor x, Tensor dropped, Tensor weight, std::optional<Tensor> bias
                        matrix(lora_a, ranks, width, "lora_a must be float32 [R, K]"), width};
   const Factors base{matrix(x, tokens, width, "x must be float32 [T, K]"),
                      matrix(weight, out, width, "weight must be float32 [N, K]"), width};
-  const float* b = matrix(lora_b, out, ranks, "lora_b must be float32 [N, R]");
+  need(lora_b.numel() == out * ranks && lora_b.scalar_type() == Dtype::Float, "lora_b must be float32 [N, R]");
+  const float* b = static_cast<const float*>(lora_b.const_data_ptr());
   const float* add = bias.has_value() ? matrix(*bias, 1, out, "bias must be float32 [N]") : nullptr;
   few_rows_product(&shrink, 1, nullptr, tokens, ranks, to_s);
   std::vector<float> mixed(tokens * ranks);
   mix(rule, to_s, tokens, ranks, mixed.data());
   const Factors pairs[] = {base, {mixed.data(), b, ranks}};
-  few_rows_product(pairs, 2, add, tokens, out, to_y);
+  if (by_columns) few_rows_product(pairs, 1, add, tokens, out, to_y, pairs + 1);
+  else few_rows_product(pairs, 2, add, tokens, out, to_y);
 }
 
 // mixed = s * factor

@@ -34,13 +34,19 @@ def named_under(kind: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"{kind}/{name}": value for name, value in tensors.items()}
 
 
-def under(kind: str, tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """What `named_under` named so, by its own names: copies on `device`."""
-    return {
-        name.partition("/")[2]: value.to(device, copy=True)
-        for name, value in tensors.items()
-        if name.startswith(f"{kind}/")
-    }
+def under(kind: str, tensors: dict[str, Tensor], mllm: MLLM) -> dict[str, Tensor]:
+    """What `named_under` named so, by its own names: copies on the model's device.
+
+    Where the model has a parameter of that name and shape the copy lies in memory as it does.
+    """
+    held, found = mllm.trainable_state(), {}
+    for name, value in tensors.items():
+        if name.startswith(f"{kind}/"):
+            name = name.partition("/")[2]
+            like = held.get(name, value)
+            like = like if like.shape == value.shape else value
+            found[name] = torch.empty_like(like, dtype=value.dtype, device=mllm.device).copy_(value)
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

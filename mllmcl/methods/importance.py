@@ -96,5 +96,4 @@ class ImportanceMethod(LoraMethod):
 
     def load_state(self, tensors, values) -> None:
         super().load_state(tensors, values)
-        device = self.mllm.device
-        self.importances, self.anchors = under("importance", tensors, device), under("anchor", tensors, device)
+        self.importances, self.anchors = under("importance", tensors, self.mllm), under("anchor", tensors, self.mllm)

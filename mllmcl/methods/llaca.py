@@ -162,8 +162,8 @@ class Llaca(ExpertPerTask):
     def load_state(self, tensors, values) -> None:
         super().load_state(tensors, values)
         self.owners, self.questions = list(values["owners"]), [list(texts) for texts in values["questions"]]
-        self.codebooks, device = None, self.mllm.device
-        self.averages, self.previous = under("average", tensors, device), under("previous", tensors, device)
+        self.codebooks = None
+        self.averages, self.previous = under("average", tensors, self.mllm), under("previous", tensors, self.mllm)
 
 
 def _codebooks(sets: Sequence[Sequence[str]]) -> tuple[Vocabulary, Tensor]:

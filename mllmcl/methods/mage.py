@@ -116,8 +116,7 @@ class Mage(LoraMethod):
         return {**named_under("average", self.averages), **named_under("fisher", self.fisher)}
 
     def load_state(self, tensors, values) -> None:
-        device = self.mllm.device
-        self.averages, self.fisher = under("average", tensors, device), under("fisher", tensors, device)
+        self.averages, self.fisher = under("average", tensors, self.mllm), under("fisher", tensors, self.mllm)
 
 
 def _of(store: dict[str, Tensor], trained: dict[str, Tensor]) -> list[Tensor]:

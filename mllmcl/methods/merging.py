@@ -48,4 +48,4 @@ class MergedLoraMethod(LoraMethod):
 
     def load_state(self, tensors, values) -> None:
         super().load_state(tensors, values)
-        self.mllm.load_merged_weights(under("merged", tensors, self.mllm.device), values["num_merged"])
+        self.mllm.load_merged_weights(under("merged", tensors, self.mllm), values["num_merged"])

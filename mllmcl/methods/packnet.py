@@ -99,7 +99,7 @@ class PackNet(MrLora):
             owners = self.owners[name]
             size = weight.abs().masked_fill(owners != FREE, -1.0).flatten()
             count = round((1 - self.prune) * int((owners == FREE).sum()))
-            owners.view(-1)[size.topk(count).indices] = owner
+            owners.put_(size.topk(count).indices, owners.new_full((count,), owner))
             weight.masked_fill_(owners == FREE, 0.0)
 
     def parameter_masks(self) -> dict:

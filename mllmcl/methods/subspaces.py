@@ -87,4 +87,4 @@ class SubspaceMethod(MergedLoraMethod):
     def load_state(self, tensors, values) -> None:
         super().load_state(tensors, values)
         self.sizes = {name: list(sizes) for name, sizes in values["sizes"].items()}
-        self.bases = under("bases", tensors, self.mllm.device)
+        self.bases = under("bases", tensors, self.mllm)

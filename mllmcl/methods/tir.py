@@ -130,6 +130,5 @@ class Tir(ImportanceMethod):
 
     def load_state(self, tensors, values) -> None:
         super().load_state(tensors, values)
-        device = self.mllm.device
-        self.owners, self.seen = under("owner", tensors, device), under("seen", tensors, device)
+        self.owners, self.seen = under("owner", tensors, self.mllm), under("seen", tensors, self.mllm)
         self._release()

@@ -110,7 +110,8 @@ def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 def mix_calls(dtype: torch.dtype, tokens: int, rank: int, experts: int, dropout: float, width: int = 4096) -> None:
     """lora_mix and lora_mix_routed, forward and backward, one more call for the dual-source product."""
     x, weight, total = empty(tokens, width, dtype=dtype), empty(width, width, dtype=dtype), rank * experts
-    lora_a, lora_b, s = (empty(*shape, dtype=dtype) for shape in ((total, width), (width, total), (tokens, total)))
+    lora_a, b_rows, s = (empty(*shape, dtype=dtype) for shape in ((total, width), (total, width), (tokens, total)))
+    lora_b = b_rows.t()
     gates, seed = empty(tokens, experts, dtype=torch.float32), empty(1, dtype=torch.int64)
     experts_of = ([rank] * experts, [1.0] * experts, [True] * experts, dropout)
     ids = empty(tokens, dtype=torch.int64)
@@ -122,6 +123,7 @@ def mix_calls(dtype: torch.dtype, tokens: int, rank: int, experts: int, dropout:
     triton_expand.dual_product(x, weight.t(), None, s, lora_a.t())
     if dtype != torch.float32 and triton_expand.compute_capability(x.device) >= 9:
         triton_expand.maps_product(x, weight, None, s, lora_b)
+        triton_expand.maps_product(x, weight, None, s, lora_b.contiguous())
         triton_expand.maps_product(x, weight.t(), x[0], s, lora_a.t())
     if dropout == 0.0:
         router = empty(experts, width, dtype=dtype)

@@ -154,15 +154,17 @@ def test_guard_bands(op: Op, index: int):
 
 @contextlib.contextmanager
 def watched_addresses(args: tuple) -> Iterator[list[str]]:
-    """Collects every access of a kernel that lies in none of its tensors, nor in `args`, which tables may point to."""
+    """Collects every access of a kernel outside of its tensors and of what tables may point to: `args`, copies."""
     import numpy as np
     from triton.runtime.interpreter import InterpreterBuilder
 
-    from mllmcl_kernels import triton_tools
+    from mllmcl_kernels import layouts, triton_tools
 
     strays: list[str] = []
     ranges: list[tuple[int, int]] = []
-    start, load, store = (
+    copies: list[torch.Tensor] = []
+    lay, start, load, store = (
+        layouts._like,
         triton_tools.start,
         InterpreterBuilder.create_masked_load,
         InterpreterBuilder.create_masked_store,
@@ -172,9 +174,13 @@ def watched_addresses(args: tuple) -> Iterator[list[str]]:
         last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
         return tensor.data_ptr(), tensor.data_ptr() + (last + 1 if tensor.numel() else 0) * tensor.element_size()
 
+    def laying(head, tensor):
+        copies.append(lay(head, tensor))
+        return copies[-1]
+
     def starting(kernel, grid, call, *rest):
         ranges[:] = [span(arg) for arg in call if isinstance(arg, torch.Tensor)]
-        map_tensors(args, lambda tensor: ranges.append(span(tensor)))
+        map_tensors((args, copies), lambda tensor: ranges.append(span(tensor)))
         start(kernel, grid, call, *rest)
 
     def look(pointers, mask) -> None:
@@ -195,6 +201,7 @@ def watched_addresses(args: tuple) -> Iterator[list[str]]:
         return store(self, pointers, value, mask, *rest)
 
     with (
+        mock.patch.object(layouts, "_like", laying),
         mock.patch.object(triton_tools, "start", starting),
         mock.patch.object(InterpreterBuilder, "create_masked_load", loading),
         mock.patch.object(InterpreterBuilder, "create_masked_store", storing),

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 from torch.library import Library
 
-from ...checks import list_reason
-from ...cpu_tables import list_table
+from ...cpu_tables import list_reason, list_table
 from . import anchor_grad_op
 
 __all__: list[str] = []
@@ -22,6 +20,5 @@ def _supports(grads, params, anchors, importances, *_rest) -> str | None:
 
 @anchor_grad_op.provider("cpp", supports=_supports)
 def anchor_grad_cpp(grads, params, anchors, importances, masks, kinds, actives, strength):
-    read = [list(map(Tensor.contiguous, tensors)) for tensors in (params, anchors, importances)]
-    table = list_table((grads, *read), masks, kinds, actives)
+    table, _held = list_table((grads,), (params, anchors, importances), masks, kinds, actives)
     torch.ops.mllmcl_cpu.anchor_grad(table, strength.to(torch.float64))

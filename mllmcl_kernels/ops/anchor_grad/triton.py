@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...triton_tools import by_dtypes, chunk_mask, chunk_of, chunk_table, dtypes_reason, launch, lives_there
+from ...triton_tools import chunk_mask, chunk_of, chunk_table, dtypes_reason, launch, lives_there, masked_by_dtypes
 from . import anchor_grad_op
 
 __all__: list[str] = []
@@ -46,7 +46,7 @@ def anchor_grad_triton(grads, params, anchors, importances, masks, kinds, active
     """One launch for each combination of dtypes; no host wait for a strength that lives on the device."""
     there = lives_there(strength, grads[0].device)
     value = 0.0 if there else float(strength)
-    for flat, columns in by_dtypes((grads, params, anchors, importances), (0,), masks, kinds, actives):
+    for flat, columns in masked_by_dtypes((grads, params, anchors, importances), (0,), masks, kinds, actives):
         table = chunk_table(flat, *columns)
         launch(
             _anchor_grad_kernel, (len(table.chunks),), *(tensors[0] for tensors in flat), table.rows, table.chunks,

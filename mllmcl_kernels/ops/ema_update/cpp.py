@@ -5,11 +5,10 @@ from __future__ import annotations
 from itertools import chain
 
 import torch
-from torch import Tensor
 from torch.library import Library
 
-from ...checks import list_reason
-from ...cpu_tables import list_table, number_table, slices
+from ...cpu_tables import list_reason, list_table, number_table
+from ...layouts import slices
 from . import ema_update_op
 from .reference import CONSTANT, DEMA, PEMA
 
@@ -28,7 +27,6 @@ def ema_update_cpp(
     averages, params, grads, previous_grads, squared_grads, masks, kinds, actives, rule, weight, factor, groups, ranks
 ):
     more = {CONSTANT: (), DEMA: (grads, previous_grads), PEMA: (squared_grads,)}[rule]
-    read = [list(map(Tensor.contiguous, tensors)) for tensors in (params, *more)]
-    table = list_table((averages, *read), masks, kinds, actives)
+    table, _held = list_table((averages,), (params, *more), masks, kinds, actives)
     shared = [] if rule == CONSTANT else [*groups, *chain(*slices(averages, groups))]
     torch.ops.mllmcl_cpu.ema_update(table, number_table(shared), rule, weight, factor, ranks)

@@ -7,7 +7,6 @@ one dimension of a tensor [outer, n, inner]. Seen alone its entries are [outer, 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +14,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...layouts import slices
 from ...masks import ELEMENTS, NONE
-from ...triton_tools import CHUNK, by_dtypes, chunk_mask, device_tables, dtypes_reason, is_wide, launch, table_rows
+from ...triton_tools import (
+    CHUNK,
+    chunk_mask,
+    device_tables,
+    dtypes_reason,
+    is_wide,
+    launch,
+    masked_by_dtypes,
+    table_rows,
+)
 from . import ema_update_op
 from .reference import CONSTANT, DEMA, PEMA
 
@@ -80,13 +89,11 @@ class Units:
 
 def _unit_table(lists, masks, kinds, actives, groups: list[int], ranks: list[int]) -> Units:
     shapes = []
-    for tensor, dim in zip(lists[0], groups, strict=True):
+    for tensor, dim, rows, inner in zip(lists[0], groups, *slices(lists[0], groups), strict=True):
         total = tensor.numel()
         if dim < 0:
             shapes.append((total, total, total, (1,)))
         else:
-            inner = math.prod(tensor.shape[dim + 1 :])
-            rows = tensor.shape[dim]
             shapes.append((total, rows * inner, inner, tuple(ranks) if ranks else (1,) * rows))
     rows = table_rows(lists, masks, kinds, actives)
     return Units(*device_tables(_tables, (rows, tuple(shapes)), lists[0][0].device), is_wide(rows))
@@ -262,7 +269,7 @@ def ema_update_triton(
     if mode == CONSTANT:
         groups = [NONE] * len(groups)
     each, sliced = ELEMENTS in groups, any(group >= 0 for group in groups)
-    for flat, (masks_here, kinds_here, actives_here, groups_here) in by_dtypes(
+    for flat, (masks_here, kinds_here, actives_here, groups_here) in masked_by_dtypes(
         lists, (0,), masks, kinds, actives, groups
     ):
         table = _unit_table(flat, masks_here, kinds_here, actives_here, groups_here, ranks)

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.library import Library
 
-from ...checks import dtypes_in, list_reason
-from ...cpu_tables import addresses, list_table, number_table
+from ...checks import dtypes_in
+from ...cpu_tables import addresses, list_reason, list_table, number_table
+from ...layouts import lie_alike
 from . import importance_update_op
 
 __all__: list[str] = []
@@ -23,9 +24,12 @@ def _supports(importances, grads, owners, *_rest) -> str | None:
 @importance_update_op.provider("cpp", supports=_supports)
 def importance_update_cpp(importances, grads, owners, masks, kinds, actives, power, larger, count, task):
     sizes = list(map(Tensor.numel, importances))
-    if owners and not (list(map(Tensor.numel, owners)) == sizes and dtypes_in(owners) == {torch.uint8}):
+    if owners and not (
+        list(map(Tensor.numel, owners)) == sizes
+        and dtypes_in(owners) == {torch.uint8}
+        and lie_alike(importances, owners)
+    ):
         raise ValueError("mllmcl_cpu: owners must be uint8 of the importances' sizes")
-    grads = list(map(Tensor.contiguous, grads))
-    table = list_table((importances, grads), masks, kinds, actives)
+    table, _held = list_table((importances,), (grads,), masks, kinds, actives)
     maps = number_table(addresses(owners))
     torch.ops.mllmcl_cpu.importance_update(table, maps, power, larger, count.to(torch.float64), task)

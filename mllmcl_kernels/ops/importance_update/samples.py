@@ -29,10 +29,10 @@ def samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample]
         # half or twice the new value: no rounding decides which one is larger
         factors = [torch.where(torch.rand(t.shape, generator=generator) < 0.5, 0.5, 2.0) for t in tensors]
         importances = [
-            (grad.double().abs() ** power * factor.to(device)).to(kept)
+            torch.empty_like(grad, dtype=kept).copy_(grad.double().abs() ** power * factor.to(device))
             for grad, factor in zip(grads, factors, strict=True)
         ]
-        owners = [torch.full(t.shape, 200, dtype=torch.uint8, device=device) for t in tensors]
+        owners = [torch.full_like(grad, 200, dtype=torch.uint8) for grad in grads]
         chosen = [mask.to(device) if mask is not None and masked else None for mask in masks]
         flat = flatten_masks("samples", importances, chosen)
         count = torch.tensor(1.0 if larger else 4.0, dtype=torch.float64)

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...triton_tools import by_dtypes, chunk_mask, chunk_of, chunk_table, dtypes_reason, launch, lives_there
+from ...triton_tools import chunk_mask, chunk_of, chunk_table, dtypes_reason, launch, lives_there, masked_by_dtypes
 from . import importance_update_op
 
 __all__: list[str] = []
@@ -58,7 +58,7 @@ def importance_update_triton(
     there = lives_there(count, importances[0].device)
     share = 0.0 if there else 1.0 / float(count)
     lists = (importances, grads, owners) if owners else (importances, grads)
-    for flat, columns in by_dtypes(lists, (0, 2) if owners else (0,), masks, kinds, actives):
+    for flat, columns in masked_by_dtypes(lists, (0, 2) if owners else (0,), masks, kinds, actives):
         table = chunk_table(flat, *columns)
         launch(
             _importance_update_kernel, (len(table.chunks),), flat[0][0], flat[1][0], table.rows, table.chunks,

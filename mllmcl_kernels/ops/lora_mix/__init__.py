@@ -29,6 +29,8 @@ def _fake_backward(
     for need, tensor in zip(needs, like, strict=True):
         dtype = x.dtype if tensor is None or tensor is not gates else tensor.dtype
         outputs.append(x.new_empty(tensor.shape, dtype=dtype) if need else x.new_empty(0))
+    if needs[4]:
+        outputs[4] = torch.empty_like(lora_b, dtype=x.dtype)
     return tuple(outputs)
 
 
@@ -313,7 +315,8 @@ def lora_mix(
     Args:
         x: `[..., d_in]`, float32, bfloat16, float16 or float64.
         weight, bias: the base layer, `[d_out, d_in]` and `[d_out]` or None.
-        lora_a, lora_b: the experts stacked along the rank, `[R, d_in]` and `[d_out, R]`; cast to x's dtype.
+        lora_a, lora_b: the experts stacked along the rank, `[R, d_in]` and `[d_out, R]`; cast to x's dtype. The
+            gradient of lora_b lies in memory as lora_b does, by rows or by columns.
         gates: None, every expert weighs 1; floating, broadcastable to `[..., E]`; integer, broadcastable to `[...]`,
             the expert of each token or sample, -1 for the base layer alone.
         ranks: E integers that sum to R; None means R / E each, with E the gates' last dimension (1 without gates).

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.library import Library
 
 from ...dropout import threshold
+from ...layouts import by_columns
 from ...products import has_few_rows, product_nt
 from . import lora_mix_backward_op, lora_mix_op
 from .reference import expert_of_rank
@@ -131,6 +132,8 @@ class _Runs:
 
     def b(self, lora_b: Tensor) -> Tensor:
         """B's columns of each run `[G, N, r]`."""
+        if by_columns(lora_b):
+            return self.a(lora_b.t()).transpose(1, 2)
         return lora_b.unflatten(1, (-1, self.rank)).index_select(1, self.owner).transpose(0, 1)
 
     def collected(self, parts: Tensor, experts: int) -> Tensor:
@@ -170,22 +173,32 @@ def lora_mix_cpp(x, weight, bias, lora_a, lora_b, gates, seed, ranks, scaling, t
     return y, s
 
 
+def _by_rank(ranked: Tensor, wide: Tensor, ranks, trainable) -> Tensor:
+    """ranked^T wide `[R, D]` of `[T, R]` and `[T, D]`, for the trainable ranks alone; the rest is zero."""
+    first, last, keep = _trained_span(tuple(ranks), tuple(trainable))
+    product = product_nt(ranked[:, first:last].t(), wide.t())
+    if (first, last) != (0, ranked.shape[1]):
+        part, product = product, ranked.new_zeros(ranked.shape[1], wide.shape[1])
+        product[first:last] = part
+    if keep is not None:
+        product[first:last].mul_(keep[:, None])
+    return product
+
+
 def lora_gradients(
-    dy: Tensor, x_dropped: Tensor, ds: Tensor, mixed: Tensor, ranks, trainable, needs_a: bool, needs_b: bool
-) -> tuple[Tensor, Tensor]:
-    """dA and dB from the products of the trainable ranks alone; the rest is zero."""
+    dy: Tensor, x_dropped: Tensor, ds: Tensor, mixed: Tensor, lora_b: Tensor, ranks, trainable, needs_a: bool,
+    needs_b: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dA and dB from the products of the trainable ranks alone; the rest is zero. dB lies as B does."""
     first, last, keep = _trained_span(tuple(ranks), tuple(trainable))
     total, empty = ds.shape[1], dy.new_empty(0)
     whole = (first, last) == (0, total)
     da, db = empty, empty
     if needs_a:
-        part = product_nt(ds[:, first:last].t(), x_dropped.t())
-        da = part if whole else ds.new_zeros(total, x_dropped.shape[1])
-        if not whole:
-            da[first:last] = part
-        if keep is not None:
-            da[first:last].mul_(keep[:, None])
-    if needs_b:
+        da = _by_rank(ds, x_dropped, ranks, trainable)
+    if needs_b and by_columns(lora_b):
+        db = _by_rank(mixed, dy, ranks, trainable).t()
+    elif needs_b:
         part = torch.mm(dy.t(), mixed[:, first:last])
         db = part if whole else dy.new_zeros(dy.shape[1], total)
         if not whole:
@@ -224,7 +237,8 @@ def _backward_of_runs(
         da = runs.collected(torch.bmm(ds.transpose(1, 2), runs.split(dropped(x, seed, dropout))), len(ranks))
         da = da if frozen is None else da.masked_fill_(frozen[:, None], 0.0)
     if needs[4]:
-        db = runs.collected(torch.bmm(runs.own(s).transpose(1, 2), dy_runs), len(ranks)).t().contiguous()
+        db = runs.collected(torch.bmm(runs.own(s).transpose(1, 2), dy_runs), len(ranks)).t()
+        db = db if by_columns(lora_b) else db.contiguous()
         db = db if frozen is None else db.masked_fill_(frozen, 0.0)
     return dx, dweight, dbias, da, db, dgates
 
@@ -250,5 +264,5 @@ def lora_mix_backward_cpp(
     elif needs_x:
         OPS.dropout(torch.mm(ds, lora_a), seed, threshold(dropout), 1.0 / (1.0 - dropout), True, dx)
     x_dropped = dropped(x, seed, dropout) if needs_a else x
-    da, db = lora_gradients(dy, x_dropped, ds, mixed, ranks, trainable, needs_a, needs_b)
+    da, db = lora_gradients(dy, x_dropped, ds, mixed, lora_b, ranks, trainable, needs_a, needs_b)
     return dx, dweight, dbias, da, db, dgates

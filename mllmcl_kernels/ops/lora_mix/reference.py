@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...dropout import drop, keep_mask
+from ...layouts import by_columns
 
 __all__ = ["expert_of_rank", "lora_mix_backward_reference", "lora_mix_reference", "rank_gates", "rank_owner"]
 
@@ -113,6 +114,7 @@ def lora_mix_backward_reference(
         da = (ds_TR.t() @ drop(x, seed, dropout)) * trains_R[:, None]
     if needs_b:
         db = (dy.t() @ (s * factor).to(x.dtype)) * trains_R[None]
+        db = db.t().contiguous().t() if by_columns(lora_b) else db.contiguous()
     if needs_gates:
         dgates = _gate_gradient(u_TR, s, gates, ranks, scaling)
     return dx, dweight, dbias, da, db, dgates

@@ -22,7 +22,13 @@ CASES = (
     ("one token", 1, 16, 8, (4, 4), "token", 0.0, True, None),
     ("no token", 0, 16, 8, (4, 4), "token", 0.0, True, None),
     ("ragged large", 129, 72, 56, (16, 16, 16, 16), "token", 0.0, True, 2),
+    ("few ids, B by columns", 6, 32, 40, (4, 8, 4), "token ids", 0.0, True, 1),
 )
+#: cases whose B lies by columns
+BY_COLUMNS = (
+    "constant gates", "mixed ranks, one frozen", "sample gates, dropout", "ids of long runs", "one token", "ragged large",
+    "few ids, B by columns",
+)  # fmt: skip
 
 
 def _normal(generator: torch.Generator, *shape: int, scale: float = 1.0) -> torch.Tensor:
@@ -69,6 +75,8 @@ def samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample]
             # not contiguous: every second column of a wider buffer, a transposed A
             tensors["x"] = tensors["x"].repeat_interleave(2, dim=1)[:, ::2]
             tensors["lora_a"] = tensors["lora_a"].t().contiguous().t()
+        if name in BY_COLUMNS:
+            tensors["lora_b"] = tensors["lora_b"].t().contiguous().t()
         mask_seed = torch.tensor([0x123456789ABCD + seed], device=device) if dropout else None
         scaling = [0.5 + 0.75 * expert for expert in range(len(ranks))]
         trainable = [expert != frozen for expert in range(len(ranks))]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ...dropout import threshold
 from ...faults import fault_flag
+from ...layouts import by_columns
 from ...triton_expand import add_product
 from ...triton_tools import (
     EXPERT_IDS,
@@ -491,21 +492,26 @@ def _dropped_da(ds: Tensor, x: Tensor, seed: Tensor, dropout: float, first: int,
 
 
 def adapter_gradients(
-    dy: Tensor, x: Tensor, ds: Tensor, mixed: Tensor, seed: Tensor | None, dropout: float,
+    dy: Tensor, x: Tensor, ds: Tensor, mixed: Tensor, lora_b: Tensor, seed: Tensor | None, dropout: float,
     runs: Sequence[tuple[int, int]], needs_a: bool, needs_b: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dA [R, K] and dB [N, R]: zero outside the runs of ranks that train, which alone cost work."""
-    rank = mixed.shape[1]
+    """dA [R, K] and dB [N, R]: zero outside the runs of ranks that train, which alone cost work. dB lies as B does."""
+    rank, columns = mixed.shape[1], by_columns(lora_b)
     if list(runs) == [(0, rank)] and dropout == 0.0:
-        return ds.t() @ x if needs_a else x.new_empty(0), dy.t() @ mixed if needs_b else x.new_empty(0)
+        da = ds.t() @ x if needs_a else x.new_empty(0)
+        if not needs_b:
+            return da, x.new_empty(0)
+        return da, (mixed.t() @ dy).t() if columns else dy.t() @ mixed
     da = x.new_zeros(rank, x.shape[1]) if needs_a else x.new_empty(0)
-    db = x.new_zeros(dy.shape[1], rank) if needs_b else x.new_empty(0)
+    db = torch.zeros_like(lora_b, dtype=x.dtype) if needs_b else x.new_empty(0)
     for first, last in runs:
         if needs_a and dropout > 0.0:
             da[first:last] = _dropped_da(ds, x, seed, dropout, first, last)
         elif needs_a:
             da[first:last] = ds[:, first:last].t() @ x
-        if needs_b:
+        if needs_b and columns:
+            db.t()[first:last] = mixed[:, first:last].t() @ dy
+        elif needs_b:
             db[:, first:last] = dy.t() @ mixed[:, first:last]
     return da, db
 
@@ -534,7 +540,7 @@ def lora_mix_backward_triton(
     dweight = dy.t() @ x if needs_weight else empty[1]
     dbias = dy.sum(0) if needs_bias else empty[2]
     runs = trainable_runs(ranks, trainable)
-    da, db = adapter_gradients(dy, x, ds, mixed, seed, dropout, runs, needs_a, needs_b)
+    da, db = adapter_gradients(dy, x, ds, mixed, lora_b, seed, dropout, runs, needs_a, needs_b)
     dgates = empty[5]
     if needs_gates:
         rows, experts = gates.shape

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from ...checks import expect, expect_flag
@@ -28,7 +29,10 @@ def _fake(
 def _fake_backward(dy, d_gates, d_values, d_logits, d_probs, x, weight, lora_a, lora_b, router_weight, *rest):
     needs = rest[-1]
     like = (x, weight, weight[:, 0], lora_a, lora_b, router_weight, router_weight[:, 0])
-    return tuple(x.new_empty(tensor.shape if need else (0,)) for need, tensor in zip(needs, like, strict=True))
+    outputs = [x.new_empty(tensor.shape if need else (0,)) for need, tensor in zip(needs, like, strict=True)]
+    if needs[4]:
+        outputs[4] = torch.empty_like(lora_b, dtype=x.dtype)
+    return tuple(outputs)
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -88,6 +88,6 @@ def lora_mix_routed_backward_cpp(
         dweight = product_nt(dy.t(), x.t())
     if needs[2]:
         dbias = dy.sum(0)
-    da, db = lora_gradients(dy, x, ds, mixed, ranks, trainable, needs[3], needs[4])
+    da, db = lora_gradients(dy, x, ds, mixed, lora_b, ranks, trainable, needs[3], needs[4])
     drouter = product_nt(dl.t(), x.t()) if needs[5] else empty
     return dx, dweight, dbias, da, db, drouter, dl.sum(0) if needs[6] else empty

@@ -243,12 +243,12 @@ def lora_mix_routed_backward_triton(
         if needs_x:
             dx = add_product(dy, weight.t(), None, extended, torch.cat((lora_a, router_weight)).t())
         da, drouter = _merged_weights(extended, x, runs, rank, needs_a, needs_router)
-        _, db = adapter_gradients(dy, x, ds, mixed, seed, dropout, runs, False, needs_b)
+        _, db = adapter_gradients(dy, x, ds, mixed, lora_b, seed, dropout, runs, False, needs_b)
     else:
         dx, drouter = logits_backward(dl, x, router_weight, score, needs_x, needs_router)
         if needs_x:
             dx = dx + input_gradient(dy, weight, ds, lora_a, seed, dropout)
-        da, db = adapter_gradients(dy, x, ds, mixed, seed, dropout, runs, needs_a, needs_b)
+        da, db = adapter_gradients(dy, x, ds, mixed, lora_b, seed, dropout, runs, needs_a, needs_b)
     dweight = dy.t() @ x if needs_weight else x.new_empty(0)
     dbias = dy.sum(0) if needs_bias else x.new_empty(0)
     drouter_bias = dl.sum(0).to(x.dtype) if needs_router_bias else x.new_empty(0)

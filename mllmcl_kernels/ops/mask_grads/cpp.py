@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch.library import Library
 
-from ...checks import list_reason
-from ...cpu_tables import list_table
+from ...cpu_tables import list_reason, list_table
 from . import mask_grads_op
 
 __all__: list[str] = []
@@ -21,4 +20,5 @@ def _supports(grads, masks, *_rest) -> str | None:
 
 @mask_grads_op.provider("cpp", supports=_supports)
 def mask_grads_cpp(grads, masks, kinds, actives):
-    torch.ops.mllmcl_cpu.mask_grads(list_table((grads,), masks, kinds, actives))
+    table, _held = list_table((grads,), (), masks, kinds, actives)
+    torch.ops.mllmcl_cpu.mask_grads(table)

@@ -6,6 +6,7 @@ import torch
 from torch.library import Library
 
 from ...cuda_tables import CHUNK, DTYPE_CODE, entry, tables
+from ...layouts import laid_masks, lie_alike
 from ...masks import NONE
 from . import mask_grads_op
 
@@ -19,13 +20,13 @@ def _supports(grads, *_rest) -> str | None:
     for grad in grads:
         if grad.dtype not in DTYPE_CODE:
             return f"clears float32, bfloat16 and float16, got {grad.dtype}"
-        if not grad.is_contiguous():
-            return "gradients have to be contiguous"
-    return None
+    return None if lie_alike(grads) else "gradients must lie in memory without gaps"
 
 
 @mask_grads_op.provider("cuda", supports=_supports)
 def mask_grads_cuda(grads, masks, kinds, actives):
+    # held until the launch is queued: a copy must not be freed before
+    masks = laid_masks(grads, masks, kinds)
     by_dtype: dict[torch.dtype, list[tuple[int, ...]]] = {}
     for grad, mask, kind, active in zip(grads, masks, kinds, actives, strict=True):
         if kind != NONE:

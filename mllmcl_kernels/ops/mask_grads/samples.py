@@ -11,10 +11,16 @@ __all__ = ["bad_samples", "masked_tensors", "samples"]
 
 
 def masked_tensors(generator: torch.Generator) -> tuple[list[torch.Tensor], list[Mask | None]]:
-    """float64 tensors with one mask of every kind: none, elements, rows of either dimension, experts, owner, empty."""
+    """float64 tensors with one mask of every kind: none, elements, rows of either dimension, experts, owner, empty.
+
+    Some matrices lie by columns.
+    """
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    def by_columns(*shape: int) -> torch.Tensor:
+        return normal(*shape[::-1]).t()
 
     def coin(*shape: int) -> torch.Tensor:
         return torch.rand(*shape, generator=generator) < 0.5
@@ -22,7 +28,8 @@ def masked_tensors(generator: torch.Generator) -> tuple[list[torch.Tensor], list
     owners = torch.randint(0, 4, (9, 33), generator=generator).to(torch.uint8)
     ranks = (3, 4, 0, 6)
     experts = torch.tensor([True, False, True, True])
-    tensors = [normal(7, 5), normal(129), normal(6, 19), normal(8, 13), normal(5, 13), normal(9, 33), normal(3, 4, 5)]
+    tensors = [normal(7, 5), normal(129), normal(6, 19), by_columns(8, 13), normal(5, 13), by_columns(9, 33)]
+    tensors += [normal(3, 4, 5), by_columns(4, 6)]
     masks = [
         None,
         Mask.elements(coin(129)),
@@ -31,6 +38,7 @@ def masked_tensors(generator: torch.Generator) -> tuple[list[torch.Tensor], list
         Mask.rows(coin(13), dim=1),
         Mask.owner(owners, 2),
         Mask.rows(coin(4), dim=1),
+        Mask.rows(coin(4)),
     ]
     return [*tensors, normal(0, 4), normal(())], [*masks, Mask.rows(torch.zeros(0, dtype=torch.bool)), None]
 

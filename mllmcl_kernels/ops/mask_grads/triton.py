@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from ...masks import NONE
-from ...triton_tools import by_dtypes, chunk_mask, chunk_of, chunk_table, dtype_reason, launch
+from ...triton_tools import chunk_mask, chunk_of, chunk_table, dtype_reason, launch, masked_by_dtypes
 from . import mask_grads_op
 
 __all__: list[str] = []
@@ -38,7 +38,7 @@ def mask_grads_triton(grads, masks, kinds, actives):
     """Write zeros where the masks forbid, and touch nothing else."""
     masked = [index for index, kind in enumerate(kinds) if kind != NONE]
     chosen, *flags = ([column[index] for index in masked] for column in (grads, masks, kinds, actives))
-    for flat, columns in by_dtypes([chosen], (0,), *flags):
+    for flat, columns in masked_by_dtypes([chosen], (0,), *flags):
         table = chunk_table(flat, *columns)
         launch(
             _mask_grads_kernel, (len(table.chunks),), flat[0][0], table.rows, table.chunks,

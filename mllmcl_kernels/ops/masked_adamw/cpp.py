@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 from torch.library import Library
 
-from ...checks import list_reason
-from ...cpu_tables import list_table
+from ...cpu_tables import list_reason, list_table
 from . import masked_adamw_op
 
 __all__: list[str] = []
@@ -31,6 +29,5 @@ def _supports(params, grads, exp_avgs, exp_avg_sqs, masks, *_rest) -> str | None
 @masked_adamw_op.provider("cpp", supports=_supports)
 def masked_adamw_cpp(params, grads, exp_avgs, exp_avg_sqs, masks, kinds, actives, step, lr, grad_scale, *options):
     numbers = (number.to(torch.float64) for number in (step, lr, grad_scale))
-    grads = list(map(Tensor.contiguous, grads))
-    table = list_table((params, exp_avgs, exp_avg_sqs, grads), masks, kinds, actives)
+    table, _held = list_table((params, exp_avgs, exp_avg_sqs), (grads,), masks, kinds, actives)
     torch.ops.mllmcl_cpu.masked_adamw(table, *numbers, *options)

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.library import Library
 
 from ...cuda_tables import CHUNK, DTYPE_CODE, entry, tables
+from ...layouts import laid_like, laid_masks, lie_alike
 from . import masked_adamw_op
 
 __all__: list[str] = []
@@ -25,9 +26,8 @@ def _supports(params, grads, exp_avgs, exp_avg_sqs, masks, *_rest) -> str | None
             return f"takes float32, bfloat16 and float16 gradients of the parameter's dtype, got {p.dtype}, {g.dtype}"
         if m.dtype not in (p.dtype, torch.float32) or v.dtype != m.dtype:
             return f"takes moments in float32 or the parameter's dtype, got {m.dtype}, {v.dtype}"
-        if not (p.is_contiguous() and m.is_contiguous() and v.is_contiguous()):
-            return "parameters and moments have to be contiguous"
-    return None
+    alike = lie_alike(params, exp_avgs, exp_avg_sqs)
+    return None if alike else "parameters and moments must lie in memory alike and without gaps"
 
 
 def _number(value: Tensor) -> tuple[Tensor | None, float]:
@@ -41,8 +41,8 @@ def _number(value: Tensor) -> tuple[Tensor | None, float]:
 def masked_adamw_cuda(
     params, grads, exp_avgs, exp_avg_sqs, masks, kinds, actives, step, lr, grad_scale, beta1, beta2, eps, weight_decay
 ):  # fmt: skip
-    # held until the launch is queued: a contiguous copy of a gradient must not be freed before
-    grads = [grad.contiguous() for grad in grads]
+    # held until the launch is queued: a copy must not be freed before
+    grads, masks = laid_like(params, grads), laid_masks(params, masks, kinds)
     by_dtype: dict[tuple[torch.dtype, torch.dtype], list[tuple[int, ...]]] = {}
     for p, g, m, v, mask, kind, active in zip(params, grads, exp_avgs, exp_avg_sqs, masks, kinds, actives, strict=True):
         pointers = (p.data_ptr(), g.data_ptr(), m.data_ptr(), v.data_ptr())

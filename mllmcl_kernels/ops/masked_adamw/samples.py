@@ -26,10 +26,11 @@ def samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample]
         params = [tensor.to(device, dtype) for tensor in tensors]
         grads = [torch.randn(p.shape, generator=generator, dtype=torch.float64).to(device, dtype) for p in params]
         first = step == 1.0
-        m = [
-            torch.zeros_like(p, dtype=wide) if first else (0.1 * g).to(wide) for p, g in zip(params, grads, strict=True)
-        ]
-        v = [torch.zeros_like(p, dtype=wide) if first else (g * g).to(wide) for p, g in zip(params, grads, strict=True)]
+        m, v = ([torch.zeros_like(p, dtype=wide) for p in params] for _ in range(2))
+        if not first:
+            for p, q, g in zip(m, v, grads, strict=True):
+                p.copy_(0.1 * g)
+                q.copy_(g * g)
         chosen = [None if mask is None or not masked else mask.to(device) for mask in masks]
         numbers = (torch.tensor(value, dtype=torch.float64) for value in (step, 1e-2, scale))
         flat = flatten_masks("samples", params, chosen)

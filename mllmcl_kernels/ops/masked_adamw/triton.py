@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...triton_tools import by_dtypes, chunk_mask, chunk_of, chunk_table, dtypes_reason, launch, lives_there
+from ...triton_tools import chunk_mask, chunk_of, chunk_table, dtypes_reason, launch, lives_there, masked_by_dtypes
 from . import masked_adamw_op
 
 __all__: list[str] = []
@@ -92,7 +92,7 @@ def masked_adamw_triton(
     """One launch for each combination of dtypes; no host wait for numbers that live on the device."""
     lists = (params, grads, exp_avgs, exp_avg_sqs)
     numbers = _numbers(step, lr, grad_scale, beta1, beta2, params[0].device)
-    for flat, columns in by_dtypes(lists, (0, 2, 3), masks, kinds, actives):
+    for flat, columns in masked_by_dtypes(lists, (0, 2, 3), masks, kinds, actives):
         table = chunk_table(flat, *columns)
         pointers = [
             value if there else table.rows

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.library import Library
 
-from ...checks import list_reason
+from ...checks import are_contiguous
+from ...cpu_tables import list_reason
 from . import project_grads_op
 
 __all__: list[str] = []
@@ -22,7 +23,7 @@ MOST_OF_BASIS = 2**19
 def _supports(grads, bases) -> str | None:
     if max(map(Tensor.numel, bases)) > MOST_OF_BASIS:
         return f"a basis of more than {MOST_OF_BASIS} numbers does not stay in the cache"
-    return list_reason((grads, bases), "gradients", grads)
+    return list_reason((grads, bases), "gradients", grads) if are_contiguous(grads) else "gradients must lie in rows"
 
 
 @project_grads_op.provider("cpp", supports=_supports)
