@@ -219,3 +219,35 @@ def test_parameters_that_miss_steps_count_their_own():
     assert [float(step) for step in outcomes[0][3:]] == [5.0, 4.0, 4.0]
     for ours, theirs in zip(*outcomes, strict=True):
         torch.testing.assert_close(ours, theirs, check_dtype=False)
+
+
+def test_moments_from_a_file_lie_as_their_parameter():
+    """B by columns, moments by rows as a file has them: the same steps to the bit, in the parameter's layout."""
+    torch.manual_seed(5)
+    start, grads = torch.randn(12, 20), torch.randn(6, 12, 20)
+    mask = Mask.experts([False, True, False, True], (5, 5, 5, 5), dim=1)
+
+    def made(values: torch.Tensor) -> tuple[torch.nn.Parameter, MaskedAdamW]:
+        param = torch.nn.Parameter(values.t().contiguous().t())
+        optimizer = MaskedAdamW([param], lr=0.1, weight_decay=0.1)
+        optimizer.set_mask(param, mask)
+        return param, optimizer
+
+    def steps(param: torch.nn.Parameter, optimizer: MaskedAdamW, some: torch.Tensor) -> None:
+        for grad in some:
+            param.grad = grad.t().contiguous().t()
+            optimizer.step()
+
+    whole, optimizer = made(start)
+    steps(whole, optimizer, grads)
+    half, optimizer = made(start)
+    steps(half, optimizer, grads[:3])
+    state = optimizer.state_dict()
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert not state["state"][0][name].is_contiguous()
+        state["state"][0][name] = state["state"][0][name].contiguous()
+    again, optimizer = made(half.detach())
+    optimizer.load_state_dict(state)
+    steps(again, optimizer, grads[3:])
+    assert torch.equal(again, whole)
+    assert optimizer.state[again]["exp_avg"].stride() == again.stride() == (1, 12)
