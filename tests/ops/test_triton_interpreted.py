@@ -180,7 +180,7 @@ def watched_addresses(args: tuple) -> Iterator[list[str]]:
 
     def starting(kernel, grid, call, *rest):
         ranges[:] = [span(arg) for arg in call if isinstance(arg, torch.Tensor)]
-        map_tensors((args, copies), lambda tensor: ranges.append(span(tensor)))
+        map_tensors((*args, copies), lambda tensor: ranges.append(span(tensor)))
         start(kernel, grid, call, *rest)
 
     def look(pointers, mask) -> None:
