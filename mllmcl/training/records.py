@@ -76,7 +76,7 @@ def empty_results() -> dict:
     """Numbers that grow during a run and travel with its checkpoints."""
     return {
         "rows": [],
-        "step_seconds": [],
+        "phase_seconds": {},
         "losses": [],
         "last_loss": "",
         "mixing_share": [],
@@ -171,7 +171,7 @@ def write_config(folder: Path, config: TrainConfig, description: dict) -> None:
 def note_step(run: Run, task: Task, phase: Phase, loss: Tensor, seconds: float, last: bool) -> None:
     """Keep a step's time; every few steps read the losses since and write a line."""
     results, position, config = run.results, run.position, run.config
-    results["step_seconds"].append(round(seconds, 5))
+    results.setdefault("phase_seconds", {}).setdefault(phase.name, []).append(round(seconds, 5))
     run.losses.append(loss)
     if position.step % config.logging_steps and not last:
         return
@@ -380,15 +380,17 @@ def finish(run: Run) -> Report:
 
 def _metrics(run: Run) -> dict:
     results, config = run.results, run.config
-    # the first steps of a process warm caches up
-    steady = results["step_seconds"][3:] or results["step_seconds"]
+    by_phase = results.get("phase_seconds", {}).values()
+    # of the phase that takes longest; the first steps of a process warm caches up
+    longest = max(by_phase, key=sum, default=[])
+    steady = longest[3:] or longest
     shares, parameters = results["mixing_share"], saved_parameters(run)
     return {
         **compute_metrics(_matrix(run), read_predictions(run.folder), seed=config.seed),
         "language_perplexity": [value for _, value in results["language"]] or None,
         "seconds_per_step": round(statistics.median(steady), 4) if steady else None,
         "share_expert_mixing": round(statistics.median(shares), 4) if shares else None,
-        "train_seconds": round(sum(results["step_seconds"]), 1),
+        "train_seconds": round(sum(map(sum, by_phase)), 1),
         "evaluation_seconds": round(sum(results["evaluation_seconds"]), 1),
         "peak_memory_bytes": peak_memory(run),
         "trainable_parameters": sum(value.numel() for value in parameters.values()),

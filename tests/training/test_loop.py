@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -128,6 +129,19 @@ def test_a_run_folder_holds_what_it_should(finished):
     assert metrics["bwt"].keys() >= {"T", "T-1"}
     steps = [event for event in read_jsonl(folder / "events.jsonl") if event["event"] == "step"]
     assert steps[-1]["step"] == 3 * 6 and all(event["loss"] > 0 for event in steps)
+
+
+def test_seconds_per_step_are_of_the_phase_that_takes_longest(tmp_path):
+    """slm trains keys, without the model, before the rest."""
+    make_run(tmp_path / "run", "slm", {"rank": 2}, logging_steps=1)
+    by_phase: dict[str, list[float]] = {}
+    for event in read_jsonl(tmp_path / "run/events.jsonl"):
+        if event["event"] == "step":
+            by_phase.setdefault(event["phase"], []).append(event["seconds"])
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert len(by_phase) == 2
+    assert metrics["seconds_per_step"] == pytest.approx(statistics.median(by_phase["train"][3:]), abs=1e-4)
+    assert metrics["train_seconds"] == pytest.approx(sum(map(sum, by_phase.values())), abs=0.1)
 
 
 def test_a_finished_run_is_not_trained_again(finished):
