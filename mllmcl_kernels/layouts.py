@@ -7,6 +7,7 @@ expert in one piece.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -62,6 +63,8 @@ def lie_alike(heads: Sequence[Tensor], *others: Sequence[Tensor]) -> bool:
 
 def laid_like(heads: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
     """The tensors, those that do not lie as the heads do copied; where a head has gaps, row by row."""
+    if are_contiguous(heads, tensors):
+        return list(tensors)
     strides = _strides(heads)
     if _strides(tensors) == strides and None not in map(_lies, shapes_of(heads), strides):
         return list(tensors)
@@ -87,9 +90,9 @@ def laid_masks(heads: Sequence[Tensor], masks: Sequence[Tensor], kinds: Sequence
 
 
 @functools.lru_cache(maxsize=4096)
-def _slice(shape: torch.Size, stride: tuple[int, ...], dim: int) -> tuple[int, int]:
+def _slice(shape: torch.Size, stride: tuple[int, ...] | None, dim: int) -> tuple[int, int]:
     if dim >= 0:
-        by_columns = _lies(shape, stride) == COLUMNS
+        by_columns = stride is not None and _lies(shape, stride) == COLUMNS
         return shape[dim], math.prod(shape[:dim] if by_columns else shape[dim + 1 :])
     return (0 if dim == NONE else math.prod(shape)), 1
 
@@ -99,6 +102,7 @@ def slices(tensors: Sequence[Tensor], dims: Sequence[int]) -> tuple[list[int], l
 
     Below 0 a slice is one number, and there are none for NONE.
     """
-    found = map(_slice, shapes_of(tensors), map(Tensor.stride, tensors), dims)
+    strides = itertools.repeat(None) if are_contiguous(tensors) else _strides(tensors)
+    found = map(_slice, shapes_of(tensors), strides, dims)
     numbers, inner = zip(*found, strict=True) if tensors else ((), ())
     return list(numbers), list(inner)
