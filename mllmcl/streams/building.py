@@ -23,7 +23,7 @@ from ..files import atomic_write
 from ..seeds import derive_seed
 from .base import Sample, Stream, Task, check_seed, chosen_tasks
 
-__all__ = ["Item", "Recipe", "build_stream", "loader", "note", "pick_balanced"]
+__all__ = ["Item", "Recipe", "build_stream", "loader", "loading", "note", "pick_balanced"]
 
 log = logging.getLogger(__name__)
 
@@ -123,8 +123,8 @@ def build_stream(
     return Stream(name=name, tasks=tuple(finished), note=note)
 
 
-def loader(file: str, stream: str, recipes: Sequence[Recipe], note: str) -> Callable[..., Stream]:
-    """`load` of a stream all of whose recipes are of one file, which gives its `__name__`."""
+def loading(build: Callable[..., Stream]) -> Callable[..., Stream]:
+    """`load` of a built-in stream from `build(tasks=..., **options)`: its options and their defaults."""
 
     def load(
         *,
@@ -141,12 +141,14 @@ def loader(file: str, stream: str, recipes: Sequence[Recipe], note: str) -> Call
             seed: of which items, and of their jitter. image_size: pixels of a side.
             tasks: only these, in this order.
         """
-        return build_stream(
-            sys.modules[file], stream, recipes, note,
-            num_train=num_train, num_test=num_test, seed=seed, image_size=image_size, tasks=tasks,
-        )  # fmt: skip
+        return build(num_train=num_train, num_test=num_test, seed=seed, image_size=image_size, tasks=tasks)
 
     return load
+
+
+def loader(file: str, stream: str, recipes: Sequence[Recipe], note: str) -> Callable[..., Stream]:
+    """`load` of a stream all of whose recipes are of one file, which gives its `__name__`."""
+    return loading(lambda **options: build_stream(sys.modules[file], stream, recipes, note, **options))
 
 
 def _code_digest(module: ModuleType) -> str:

@@ -14,7 +14,7 @@ from PIL import ImageEnhance, ImageFilter
 from ..assets import asset
 from . import pocket_domain
 from .base import Stream, chosen_tasks
-from .building import Item, Recipe, build_stream, note, pick_balanced
+from .building import Item, Recipe, build_stream, loading, note, pick_balanced
 from .drawing import background, paste_picture, svg_picture
 
 SUMMARY = (
@@ -89,24 +89,11 @@ RECIPES = (
 )
 
 
-def load(
-    *,
-    num_train: int = 384,
-    num_test: int = 96,
-    seed: int = 0,
-    image_size: int = 112,
-    tasks: list[str] | None = None,
-) -> Stream:
-    """The stream.
-
-    Args:
-        num_train, num_test: items of each task, answers in equal numbers.
-        seed: of which items, and of their jitter. image_size: pixels of a side.
-        tasks: only these, in this order.
-    """
+@loading
+def load(*, tasks: list[str] | None, **options) -> Stream:
+    """Its own driving beside the other tasks of `pocket-domain`."""
     name = "pocket-domain-signs"
     chosen = chosen_tasks([recipe.name for recipe in pocket_domain.RECIPES], tasks)
-    options = {"num_train": num_train, "num_test": num_test, "seed": seed, "image_size": image_size}
     own = [recipe.name for recipe in RECIPES if recipe.name in chosen]
     others = [task for task in chosen if task not in own]
     found = []
