@@ -127,8 +127,19 @@ def tuned(case: Case, run: Callable[[], object], device: torch.device, name: str
         case.notes[f"tuned {key}"] = " ".join(map(str, numbers))
 
 
+def orders(count: int) -> list[list[int]]:
+    """Orders of so many contestants in which each comes right after every other equally often.
+
+    What ran before leaves caches and sleeping cores behind, and would otherwise always hit the same one. Williams,
+    Experimental designs balanced for the estimation of residual effects of treatments (1949).
+    """
+    zigzag = [0, *(place // 2 + 1 if place % 2 == 0 else count - 1 - place // 2 for place in range(count - 1))]
+    found = [[(place + shift) % count for place in zigzag] for shift in range(count)]
+    return found if count % 2 == 0 else [*found, *(order[::-1] for order in found)]
+
+
 def race(case: Case, contestants: dict[str, Callable], device: torch.device, rounds: int, warm: int = 2) -> Case:
-    """Run every contestant once a round, in an order that turns, and keep what all rounds say.
+    """Run every contestant once a round, in orders that balance what each comes after, and keep what all rounds say.
 
     A peer that fails at the first try is left out and told; ours fails the case.
     """
@@ -145,13 +156,13 @@ def race(case: Case, contestants: dict[str, Callable], device: torch.device, rou
     flush = torch.empty(256 * 2**20, dtype=torch.uint8, device=device) if device.type == "cuda" else None
     times: dict[str, list[float]] = {name: [] for name in contestants}
     names = list(contestants)
+    turns = orders(len(names))
     began = time.monotonic()
     for turn in range(rounds):
         if turn >= ENOUGH_ROUNDS and time.monotonic() - began > ENOUGH_SECONDS[device.type]:
             break
         case.rounds = turn + 1
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
+        for name in (names[place] for place in turns[turn % len(turns)]):
             times[name].append(_seconds(contestants[name], device, flush))
     for name, values in times.items():
         cuts = statistics.quantiles(values, n=5, method="inclusive")
