@@ -16,6 +16,7 @@ __all__ = [
     "are_contiguous",
     "are_floating",
     "as_list",
+    "as_number",
     "dtypes_in",
     "expect",
     "expect_betas",
@@ -25,6 +26,7 @@ __all__ = [
     "expect_lists",
     "expect_number",
     "expect_real",
+    "expect_scalar",
     "expect_shape",
     "expect_tensor",
     "shapes_of",
@@ -159,13 +161,23 @@ def expect_betas(op: str, betas: object) -> tuple[float, float]:
     return beta1, beta2
 
 
-def expect_number(
+def expect_scalar(
     op: str, argument: str, value: float | Tensor, expected: str = "a number", low: float = float("-inf")
-) -> Tensor:
-    """A 0-dim tensor of a number or a one-element tensor; a tensor is not looked at, wherever it lives."""
+) -> float | Tensor:
+    """The number, or the one-element tensor without dimensions; a tensor is not looked at, wherever it lives."""
     if isinstance(value, Tensor):
         expect(value.numel() == 1, op, argument, "a number or a tensor with one element", list(value.shape))
         return value.reshape(())
     expect(isinstance(value, numbers.Real), op, argument, expected, repr(value), TypeError)
     expect(value >= low, op, argument, expected, value)
-    return torch.tensor(value, dtype=torch.float64)
+    return value
+
+
+def as_number(value: float | Tensor) -> Tensor:
+    """A 0-dim tensor of what `expect_scalar` lets through, float64 on the CPU where it was no tensor."""
+    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+
+
+def expect_number(op: str, argument: str, value: float | Tensor, *expected) -> Tensor:
+    """`expect_scalar` as a tensor."""
+    return as_number(expect_scalar(op, argument, value, *expected))

@@ -7,8 +7,10 @@ A call brings hundreds of tensors: handing each over takes longer than looking u
 
 from __future__ import annotations
 
+import operator
 import struct
 from collections.abc import Iterable, Sequence
+from itertools import accumulate, chain, islice
 
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ from .checks import DTYPE, dtypes_in
 from .layouts import laid_like, laid_masks, lie_alike, slices
 from .masks import NONE
 
-__all__ = ["addresses", "list_reason", "list_table", "number_table"]
+__all__ = ["KeptTable", "addresses", "list_reason", "list_table", "number_table"]
 
 #: torch's own numbers of the dtypes
 DTYPE_CODE = {torch.float16: 5, torch.float32: 6, torch.bfloat16: 15}
@@ -27,7 +29,11 @@ def number_table(numbers: Sequence[int]) -> Tensor:
     """int64 `[len(numbers)]`."""
     if not numbers:
         return torch.empty(0, dtype=torch.int64)
-    return torch.frombuffer(bytearray(struct.pack(f"{len(numbers)}q", *numbers)), dtype=torch.int64)
+    return torch.frombuffer(_packed(numbers), dtype=torch.int64)
+
+
+def _packed(numbers: Sequence[int]) -> bytearray:
+    return bytearray(struct.pack(f"{len(numbers)}q", *numbers))
 
 
 def addresses(tensors: Sequence[Tensor]) -> list[int]:
@@ -69,6 +75,11 @@ def list_table(
     Raises:
         ValueError: what memory safety needs does not hold: C++ trusts the table.
     """
+    numbers, held = _list_numbers(written, read, masks, kinds, actives)
+    return number_table(numbers), held
+
+
+def _list_numbers(written, read, masks, kinds, actives) -> tuple[list[int], list[Sequence[Tensor]]]:
     heads = written[0]
     read, masks = [laid_like(heads, tensors) for tensors in read], laid_masks(heads, masks, kinds)
     streams, sizes = (*written, *read), list(map(Tensor.numel, heads))
@@ -88,4 +99,47 @@ def list_table(
         if list(map(Tensor.numel, masks)) != numbers or dtypes_in(masks) != {torch.uint8}:
             raise ValueError("mllmcl_cpu: masks must be uint8 and fit their tensors")
         body += [*addresses(masks), *kinds, *actives, *numbers, *inner]
-    return number_table(head + body), [*read, masks]
+    return head + body, [*read, masks]
+
+
+class KeptTable:
+    """A `list_table` for calls that come again: what is written stays where it is, what is read moves.
+
+    Making the table anew takes a call over hundreds of tensors longer than the update of a few experts.
+    """
+
+    def __init__(
+        self, written: Sequence[Sequence[Tensor]], read: Sequence[Sequence[Tensor]],
+        masks: Sequence[Tensor], kinds: Sequence[int], actives: Sequence[int],
+    ) -> None:  # fmt: skip
+        numbers, (*as_read, self._masks) = _list_numbers(written, read, masks, kinds, actives)
+        count, width = numbers[0], len(written) + len(read)
+        #: whether what is read was not copied
+        self._renewable = all(map(operator.is_, chain(*as_read), chain(*read)))
+        self._buffer = _packed(numbers)
+        self.table = torch.frombuffer(self._buffer, dtype=torch.int64)
+        self._written, self._seen = written, _seen(written)
+        self._read_as = list(map(_seen_as, read))
+        self._row = struct.Struct(f"{count}q")
+        # addresses, and dtypes where there are several, follow the head and the sizes
+        rows = [count * (2 if dtype < 0 else 1) for dtype in numbers[2 : 2 + width]]
+        starts = accumulate(rows, initial=2 + width + count)
+        self._starts = [8 * start for start in islice(starts, len(written), width)]
+
+    def renew(self, read: Sequence[Sequence[Tensor]]) -> bool:
+        """Write down where these tensors, which the caller holds, are; False where the table has to be made anew."""
+        if not self._renewable or _seen(self._written) != self._seen or list(map(_seen_as, read)) != self._read_as:
+            return False
+        for start, tensors in zip(self._starts, read, strict=True):
+            self._row.pack_into(self._buffer, start, *addresses(tensors))
+        return True
+
+
+def _seen(lists: Sequence[Sequence[Tensor]]) -> list:
+    """Where the tensors of the lists are, and what they are taken for there."""
+    return [(addresses(tensors), _seen_as(tensors)) for tensors in lists]
+
+
+def _seen_as(tensors: Sequence[Tensor]) -> tuple:
+    """What the bytes of the tensors are taken for, wherever they are."""
+    return list(map(Tensor.numel, tensors)), list(map(Tensor.stride, tensors)), list(map(DTYPE, tensors))

@@ -23,7 +23,7 @@ from torch.library import Library, infer_schema
 
 from . import library
 
-__all__ = ["REGISTRY", "BadSample", "Cost", "Op", "Provider", "Sample"]
+__all__ = ["REGISTRY", "BadSample", "Cost", "Op", "Prepared", "Provider", "Sample"]
 
 log = logging.getLogger("mllmcl_kernels")
 
@@ -68,11 +68,38 @@ class Cost:
 
 @dataclass(frozen=True)
 class Provider:
-    """One implementation: `run` has the reference's signature; `supports` says why arguments do not fit, or None."""
+    """One implementation.
+
+    `run` has the reference's signature; `supports` says why arguments do not fit, or None. `prepare`, where there is
+    one, takes the arguments of a call and returns what makes it again (`Prepared`).
+    """
 
     backend: str
     run: Callable
     supports: Callable[..., str | None]
+    prepare: Callable[..., Callable[..., bool]] | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A call of an op that writes into lists of tensors, ready to be made again without looking at them one by one."""
+
+    run: Callable[..., bool]
+    written: Sequence[Sequence[Tensor]]
+    default: str | None
+
+    def __call__(self, read: Sequence[Sequence[Tensor]], *rest) -> bool:
+        """Make the call with what it reads and the rest of its arguments as they are now, where the provider can.
+
+        False, with nothing done: the op has to be called. Numbers may be plain ones.
+        """
+        if _is_watched() or library.default_backend() != self.default:
+            return False
+        if not PLAIN.issuperset(map(type, itertools.chain(*read))) or not self.run(read, *rest):
+            return False
+        for tensors in self.written:
+            _count_change(tensors)
+        return True
 
 
 def _device_of(args: Iterable) -> str:
@@ -219,6 +246,17 @@ class Op:
         with _without_autocast():
             return self._apply(args, lengths, backend) if wants_grad else self._run(*args, backend=backend)
 
+    def prepare(self, *args) -> Prepared | None:
+        """What makes this call again in less time, None where nothing does; for ops that write into lists."""
+        tensors = itertools.chain.from_iterable(args[place] for place in self.list_places)
+        if _is_watched() or not PLAIN.issuperset(map(type, tensors)):
+            return None
+        provider = self.choose(args, None)
+        if provider.prepare is None:
+            return None
+        written = [args[place] for place in self.mutated_places]
+        return Prepared(provider.prepare(*args), written, library.default_backend())
+
     def _apply(self, args: Sequence, lengths: dict[int, int] | None, backend: str | None):
         """Run the op with its gradient; `lengths` are those of the arguments that are lists of tensors, by place."""
         if lengths is not None:
@@ -278,12 +316,14 @@ class Op:
 
     # -- providers ----------------------------------------------------------------------------------------------------
 
-    def provider(self, backend: str, supports: Callable[..., str | None] = _anything) -> Callable:
+    def provider(
+        self, backend: str, supports: Callable[..., str | None] = _anything, prepare: Callable | None = None
+    ) -> Callable:
         """Decorator that adds an implementation for `backend`."""
         assert backend in library.BACKENDS, backend
 
         def add(run: Callable) -> Callable:
-            self.providers[backend] = Provider(backend, run, supports)
+            self.providers[backend] = Provider(backend, run, supports, prepare)
             return run
 
         return add

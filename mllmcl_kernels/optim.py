@@ -10,10 +10,11 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
-from .checks import expect, expect_betas, expect_number, expect_real, expect_tensor
+from .checks import as_number, expect, expect_betas, expect_real, expect_scalar, expect_tensor
 from .faults import poll_faults
 from .layouts import laid_masks, lie_alike
 from .masks import Mask, flatten_masks
+from .op import Prepared
 from .ops.masked_adamw import masked_adamw_op
 
 __all__ = ["MaskedAdamW"]
@@ -27,24 +28,57 @@ def _same(these: Collection, those: Collection) -> bool:
     return len(these) == len(those) and all(map(operator.is_, these, those))
 
 
+def _lay_alike(param: Tensor, state: dict) -> None:
+    """Let the moments lie in memory as their parameter does: from a file they come by rows."""
+    if not lie_alike([param], [state["exp_avg"]], [state["exp_avg_sq"]]):
+        for name in ("exp_avg", "exp_avg_sq"):
+            state[name] = torch.empty_like(param, dtype=state[name].dtype).copy_(state[name])
+
+
 @dataclass
 class _Cohort:
     """Parameters of a group that stand at one step, their state, and their masks as the op takes them.
 
     places: where in the group's parameters with a gradient they are. step: one tensor, in the state of all of them.
+    prepared: the update as it is made from the third time on.
     """
 
     params: list[Tensor]
     places: list[int]
     states: list[dict]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
     step: Tensor
     count: float
     masks: tuple[list, list, list]
+    came_before: bool = False
+    prepared: Prepared | None = None
 
     def stands(self) -> bool:
         """Whether its states stand where they are thought to stand."""
-        together = all(map(operator.is_, map(STEP, self.states), repeat(self.step)))
-        return together and float(self.step) == self.count
+        return (
+            all(map(operator.is_, map(STEP, self.states), repeat(self.step)))
+            and all(map(operator.is_, map(EXP_AVG, self.states), self.exp_avgs))
+            and all(map(operator.is_, map(EXP_AVG_SQ, self.states), self.exp_avg_sqs))
+            and float(self.step) == self.count
+        )
+
+    def update(self, grads: list[Tensor], lr: float | Tensor, scale: float | Tensor, *options: float) -> None:
+        """One step. Torch sees to it that gradients fit their parameters, so that nothing is checked again."""
+        self.step.add_(1.0)
+        self.count += 1.0
+        if self.prepared is not None:
+            if self.prepared([grads], self.count, lr, scale, *options):
+                return
+            # a parameter may have been laid in memory in another way
+            for param, state in zip(self.params, self.states, strict=True):
+                _lay_alike(param, state)
+            self.exp_avgs, self.exp_avg_sqs = list(map(EXP_AVG, self.states)), list(map(EXP_AVG_SQ, self.states))
+        lists = (self.params, grads, self.exp_avgs, self.exp_avg_sqs)
+        args = (*lists, *self.masks, *map(as_number, (self.count, lr, scale)), *options)
+        masked_adamw_op(*args)
+        self.prepared = masked_adamw_op.prepare(*args) if self.came_before else None
+        self.came_before = True
 
 
 class MaskedAdamW(torch.optim.Optimizer):
@@ -80,7 +114,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         state_dtype: torch.dtype | None = None,
     ) -> None:
         op = "MaskedAdamW"
-        expect_number(op, "lr", lr, ">= 0", 0)
+        expect_scalar(op, "lr", lr, ">= 0", 0)
         expect_betas(op, betas)
         expect_real(op, "eps", eps, ">= 0", lambda value: value >= 0.0)
         expect_real(op, "weight_decay", weight_decay, ">= 0", lambda value: value >= 0.0)
@@ -145,10 +179,8 @@ class MaskedAdamW(torch.optim.Optimizer):
             dtype = self.state_dtype or param.dtype
             state["exp_avg"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
-        elif not lie_alike([param], [state["exp_avg"]], [state["exp_avg_sq"]]):
-            # from a file, where they lie by rows
-            for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = torch.empty_like(param, dtype=state[name].dtype).copy_(state[name])
+        else:
+            _lay_alike(param, state)
         return state
 
     def _scale(self) -> float | Tensor:
@@ -196,7 +228,7 @@ class MaskedAdamW(torch.optim.Optimizer):
             return loss
         if torch.cuda.is_initialized() and not torch.compiler.is_compiling():
             poll_faults(torch.device("cuda", torch.cuda.current_device()))
-        scale = expect_number("MaskedAdamW", "grad_scale", self._scale())
+        scale = self._scale()
         # what is known counts while the states are the very ones that it was learnt from
         if not (_same(self.state.keys(), self._states[0]) and _same(self.state.values(), self._states[1])):
             self._known.clear()
@@ -205,26 +237,10 @@ class MaskedAdamW(torch.optim.Optimizer):
             if any(map(operator.is_, grads, repeat(None))):
                 params = [param for param, grad in zip(params, grads, strict=True) if grad is not None]
                 grads = [grad for grad in grads if grad is not None]
-            lr = expect_number("MaskedAdamW", "lr", group["lr"], ">= 0", 0)
-            beta1, beta2 = group["betas"]
+            lr = expect_scalar("MaskedAdamW", "lr", group["lr"], ">= 0", 0)
+            options = (*group["betas"], group["eps"], group["weight_decay"])
             for cohort in self._cohorts(number, params):
-                cohort.step.add_(1.0)
-                cohort.count += 1.0
-                # torch sees to it that gradients fit their parameters, so that nothing is checked again
-                masked_adamw_op(
-                    cohort.params,
-                    [grads[place] for place in cohort.places],
-                    list(map(EXP_AVG, cohort.states)),
-                    list(map(EXP_AVG_SQ, cohort.states)),
-                    *cohort.masks,
-                    torch.tensor(cohort.count, dtype=torch.float64),
-                    lr,
-                    scale,
-                    beta1,
-                    beta2,
-                    group["eps"],
-                    group["weight_decay"],
-                )
+                cohort.update([grads[place] for place in cohort.places], lr, scale, *options)
         return loss
 
     def _cohorts(self, number: int, params: list[Tensor]) -> list[_Cohort]:
@@ -246,4 +262,5 @@ class MaskedAdamW(torch.optim.Optimizer):
             state["step"] = step  # one for all: hundreds of additions to single numbers take a millisecond
         masks, kinds, actives = flatten_masks("MaskedAdamW", members, [self._masks.get(param) for param in members])
         masks = laid_masks(members, masks, kinds), kinds, actives
-        return _Cohort(members, places, states, step, count, masks)
+        moments = list(map(EXP_AVG, states)), list(map(EXP_AVG_SQ, states))
+        return _Cohort(members, places, states, *moments, step, count, masks)
