@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -85,19 +87,18 @@ class Restoring:
 
     def __init__(self, optimizer: torch.optim.Optimizer, params: list[Tensor], masks: list[Tensor]) -> None:
         self.optimizer, self.params, self.masks = optimizer, params, masks
-
-    def _tensors(self, param: Tensor) -> list[Tensor]:
-        state = self.optimizer.state[param]
-        return [param, *(state[key] for key in ("exp_avg", "exp_avg_sq") if key in state)]
+        self.kept: list[Tensor] = []
 
     @torch.no_grad()
     def step(self) -> None:
-        kept = []
-        for param, mask in zip(self.params, self.masks, strict=True):
-            param.grad.mul_(mask)
-            kept.append([tensor.clone() for tensor in self._tensors(param)])
+        torch._foreach_mul_([param.grad for param in self.params], self.masks)
+        # at the first step there are no moments yet: a masked gradient leaves them zero
+        states = [self.optimizer.state[param] for param in self.params]
+        names = ("exp_avg", "exp_avg_sq") if states[0] else ()
+        tensors = [*self.params, *(state[name] for name in names for state in states)]
+        # room for them is made once: asking for it at every step takes longer than the copies
+        self.kept += [torch.empty_like(tensor) for tensor in tensors[len(self.kept) :]]
+        torch._foreach_copy_(self.kept[: len(tensors)], tensors)
         self.optimizer.step()
-        for param, mask, old in zip(self.params, self.masks, kept, strict=True):
-            # at the first step there were no moments to restore: a masked gradient leaves them zero
-            for tensor, before in zip(self._tensors(param), old, strict=False):
-                tensor.copy_(torch.where(mask, tensor, before))
+        for tensor, mask, before in zip(tensors, itertools.cycle(self.masks), self.kept, strict=False):
+            torch.where(mask, tensor, before, out=tensor)

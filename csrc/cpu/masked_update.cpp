@@ -29,6 +29,17 @@ MLLMCL_INLINE void adam_piece(float* __restrict__ p, float* __restrict__ m, floa
   for (int64_t i = 0; i < kCount; ++i) adam_one(p + i, m + i, v + i, g + i, a);
 }
 
+// How far ahead of a stretch the caches are told: four streams at once are more than the hardware follows by itself.
+constexpr int64_t kFar = 512;
+constexpr int64_t kLine = 16;  // numbers of a line of the caches
+
+MLLMCL_INLINE void fetch(const float* p, const float* m, const float* v, const float* g, int64_t at) {
+  __builtin_prefetch(p + at, 1);
+  __builtin_prefetch(m + at, 1);
+  __builtin_prefetch(v + at, 1);
+  __builtin_prefetch(g + at, 0);
+}
+
 // `blocks` stretches of `count` numbers, `stride` apart: one expert's columns of every row in a single call
 MLLMCL_CLONES void adam_span(float* __restrict__ p, float* __restrict__ m, float* __restrict__ v,
                              const float* __restrict__ g, int64_t count, int64_t stride, int64_t blocks,
@@ -36,21 +47,20 @@ MLLMCL_CLONES void adam_span(float* __restrict__ p, float* __restrict__ m, float
   constexpr int64_t kPiece = 8, kShort = 128, kAhead = 16;
   if (count > kShort) {
     for (int64_t block = 0; block < blocks; ++block) {
-      const int64_t start = block * stride;
-      for (int64_t i = start; i < start + count; ++i) adam_one(p + i, m + i, v + i, g + i, a);
+      int64_t i = block * stride;
+      const int64_t end = i + count;
+      for (; i + kFar < end; i += kLine) {
+        fetch(p, m, v, g, i + kFar);
+        adam_piece<kLine>(p + i, m + i, v + i, g + i, a);
+      }
+      for (; i < end; ++i) adam_one(p + i, m + i, v + i, g + i, a);
     }
     return;
   }
   for (int64_t block = 0; block < blocks; ++block) {
     int64_t i = block * stride;
     const int64_t end = i + count;
-    if (block + kAhead < blocks) {
-      const int64_t next = i + kAhead * stride;
-      __builtin_prefetch(p + next, 1);
-      __builtin_prefetch(m + next, 1);
-      __builtin_prefetch(v + next, 1);
-      __builtin_prefetch(g + next, 0);
-    }
+    if (block + kAhead < blocks) fetch(p, m, v, g, i + kAhead * stride);
     for (; i + kPiece <= end; i += kPiece) adam_piece<kPiece>(p + i, m + i, v + i, g + i, a);
     for (; i < end; ++i) adam_one(p + i, m + i, v + i, g + i, a);
   }
@@ -60,12 +70,16 @@ MLLMCL_CLONES void adam_span(float* __restrict__ p, float* __restrict__ m, float
 MLLMCL_CLONES void adam_where(float* __restrict__ p, float* __restrict__ m, float* __restrict__ v,
                               const float* __restrict__ g, const uint8_t* __restrict__ keep, uint8_t want,
                               int64_t count, const Adam& a) {
-  for (int64_t i = 0; i < count; ++i) {
-    float param = p[i], mean = m[i], square = v[i];
-    adam_one(&param, &mean, &square, g + i, a);
-    p[i] = keep[i] == want ? param : p[i];
-    m[i] = keep[i] == want ? mean : m[i];
-    v[i] = keep[i] == want ? square : v[i];
+  for (int64_t from = 0; from < count; from += kFar) {
+    const int64_t to = std::min(from + kFar, count), ahead = std::min(to + kFar, count);
+    for (int64_t next = to; next < ahead; next += kLine) fetch(p, m, v, g, next);
+    for (int64_t i = from; i < to; ++i) {
+      float param = p[i], mean = m[i], square = v[i];
+      adam_one(&param, &mean, &square, g + i, a);
+      p[i] = keep[i] == want ? param : p[i];
+      m[i] = keep[i] == want ? mean : m[i];
+      v[i] = keep[i] == want ? square : v[i];
+    }
   }
 }
 
