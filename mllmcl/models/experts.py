@@ -77,6 +77,7 @@ class ExpertState:
     num_merged: how often the experts were merged into the base weights.
     groups: layer name to the group whose row of gates `[B, G, E]` it takes; layers not named are in group 0.
     resident: the one expert that acts where no gates are given; None: the learned router or every expert. `settle`.
+    by_columns: whether B lies in memory column by column, each expert in one piece.
     """
 
     ranks: tuple[int, ...]
@@ -94,6 +95,7 @@ class ExpertState:
     num_merged: int = 0
     groups: dict[str, int] = field(default_factory=dict)
     resident: int | None = None
+    by_columns: bool = False
 
     def settle(self, expert: int) -> None:
         """Let this expert act wherever no gates are given."""
@@ -264,9 +266,15 @@ class ExpertLinear(nn.Module):
         new_b = torch.zeros(self.out_features, num_rows, device=device)
         self.lora_a = _regrown(self.lora_a, new_a, dim=0)
         self.lora_b = _regrown(self.lora_b, new_b, dim=1)
+        self.lay()
         if self.router_weight is not None:
             router = fresh_router(num_experts, self.in_features, device)
             self.router_weight = _regrown(self.router_weight, router, dim=0)
+
+    def lay(self) -> None:
+        """Lay B in memory as the state says; its values stay."""
+        b_NR = self.lora_b.detach()
+        self.lora_b.data = b_NR.t().contiguous().t() if self.state.by_columns else b_NR.contiguous()
 
     def product(self) -> Tensor:
         """What the experts add to the base weight where each weighs 1, `[N, K]`: sum_e scaling_e B_e A_e."""

@@ -229,6 +229,23 @@ class MLLM:
         experts_grown(self, num, rank, alpha)
         return self
 
+    def lay_experts(self, *, by_columns: bool) -> MLLM:
+        """Lay every B in memory column by column, so that each expert is one piece, or row by row, also as it grows.
+
+        Same values, same parameters; views of them taken before are of no use. On the CPU a step is faster by columns,
+        and `mllmcl.train` lays them so while it runs. FSDP2 and whatever else takes contiguous parameters alone want
+        rows, as `add_experts` makes them.
+
+        Raises:
+            ValueError: there are no experts.
+        """
+        if self.experts is None:
+            raise ValueError("there are no experts to lay, call add_experts first")
+        self.experts.by_columns = by_columns
+        for layer in self.expert_layers.values():
+            layer.lay()
+        return self
+
     def merge_experts(self) -> MLLM:
         """Add the experts, each with weight 1, to the base weights of their linears and start them anew: B is 0.
 

@@ -118,6 +118,7 @@ def train(mllm: MLLM, method: Method, stream: Stream, config: TrainConfig) -> Re
         processes = stack.enter_context(joined(config.seed, mllm.device))
         if processes.is_first:
             stack.enter_context(FolderLock(folder))
+        stack.callback(_lay_experts, mllm, by_columns=False)
         run = _begin(mllm, method, stream, config, folder, processes)
         if run.position.stage == "zero_shot":
             if config.zero_shot:
@@ -143,6 +144,7 @@ def _begin(mllm: MLLM, method: Method, stream: Stream, config: TrainConfig, fold
     if found is not None and config.resume == "never":
         raise RuntimeError(f"{folder} holds a run already (checkpoint {found.path.name}); resume=auto continues it")
     method.setup(mllm, stream)
+    _lay_experts(mllm, by_columns=mllm.device.type == "cpu")
     if config.gradient_checkpointing:
         mllm.enable_checkpointing()
     if config.shard_base:
@@ -162,6 +164,11 @@ def _begin(mllm: MLLM, method: Method, stream: Stream, config: TrainConfig, fold
         _restore_rng(run)
     run.event("resume", from_checkpoint=found.path.name, **asdict(run.position))
     return run
+
+
+def _lay_experts(mllm: MLLM, by_columns: bool) -> None:
+    if mllm.experts is not None:
+        mllm.lay_experts(by_columns=by_columns)
 
 
 def _newest_checkpoint(run: Run) -> Loaded | None:

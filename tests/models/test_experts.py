@@ -386,6 +386,37 @@ def test_growing_keeps_old_experts_bit_for_bit(mllm, samples):
     torch.testing.assert_close(logits(mllm, samples, [2] * 8), logits(mllm, samples, "off"), rtol=1e-5, atol=1e-5)
 
 
+def test_b_by_columns_is_the_same_model(mllm, samples):
+    """Same parameters, outputs and gradients, one expert or several; what grows lies alike; and back."""
+    mllm.add_experts(3, rank=[2, 3, 1], alpha=6, dropout=0.0)
+    fill_experts(mllm)
+    layers = mllm.expert_layers.values()
+    held, batch = [layer.lora_b for layer in layers], mllm.collate(samples, with_answers=True)
+
+    def learn(gates) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        with mllm.use_experts(gates):
+            loss = mllm.loss(batch)
+        return loss, list(torch.autograd.grad(loss, held))
+
+    for gates in ([1] * 8, [0, 1, 2, -1] * 2, torch.tensor([0.5, 0.2, 0.3])):
+        mllm.lay_experts(by_columns=False)
+        rows = learn(gates)
+        mllm.lay_experts(by_columns=True)
+        assert all(layer.lora_b is b and b.stride() == (1, len(b)) for layer, b in zip(layers, held, strict=True))
+        torch.testing.assert_close(learn(gates), rows, rtol=1e-4, atol=1e-5)
+    old = [b.detach().clone() for b in held]
+    mllm.grow_experts(1, rank=2)
+    for layer, b in zip(layers, old, strict=True):
+        assert layer.lora_b.stride() == (1, len(b)) and torch.equal(layer.lora_b[:, :6], b)
+    mllm.lay_experts(by_columns=False).grow_experts(1, rank=2)
+    assert all(layer.lora_b.is_contiguous() for layer in layers)
+
+
+def test_laying_without_experts_is_refused(mllm):
+    with pytest.raises(ValueError, match="no experts to lay"):
+        mllm.lay_experts(by_columns=True)
+
+
 def test_lora_a_is_drawn_as_peft_does(build):
     torch.manual_seed(5)
     mllm = build("composed").add_experts(1, rank=64, alpha=4, targets=["layers.0.mlp.down_proj"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -140,7 +141,7 @@ def test_seconds_per_step_are_of_the_phase_that_takes_longest(tmp_path):
             by_phase.setdefault(event["phase"], []).append(event["seconds"])
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
     assert len(by_phase) == 2
-    assert metrics["seconds_per_step"] == pytest.approx(statistics.median(by_phase["train"][3:]), abs=1e-4)
+    assert metrics["seconds_per_step"] == pytest.approx(statistics.median(by_phase["train"][3:]), abs=2e-4)
     assert metrics["train_seconds"] == pytest.approx(sum(map(sum, by_phase.values())), abs=0.1)
 
 
@@ -191,6 +192,30 @@ def test_an_isolated_expert_answers_an_item_once(tmp_path, monkeypatch):
     make_run(tmp_path / "again", "mr_lora", {"router": "oracle"}, num_train_epochs=1)
     assert len([item for batch in asked for item in batch]) == 2 * 24 + 4 * 24
     assert read_predictions(tmp_path / "once") == read_predictions(tmp_path / "again")
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_experts_lie_by_columns_while_a_run_lasts(dies, tmp_path, monkeypatch):
+    """Also those that grow from task to task; afterwards, however it ends, the user has rows as before."""
+    seen: list[bool] = []
+    step = loop._step
+
+    def watched(run, *args):
+        by_columns = [layer.lora_b.stride() == (1, layer.out_features) for layer in run.mllm.expert_layers.values()]
+        seen.append(all(by_columns))
+        assert not dies
+        loss = step(run, *args)
+        moments = [state["exp_avg"].stride() == param.stride() for param, state in run.optimizer.state.items()]
+        assert all(moments)
+        return loss
+
+    monkeypatch.setattr(loop, "_step", watched)
+    mllm = make_composed()
+    config = TrainConfig(output_dir=str(tmp_path / "run"), max_steps=1, progress="off")
+    with pytest.raises(AssertionError) if dies else contextlib.nullcontext():
+        loop.train(mllm, methods.create("o_lora"), make_stream(), config)
+    assert seen == [True] if dies else [True] * 3
+    assert all(layer.lora_b.is_contiguous() for layer in mllm.expert_layers.values())
 
 
 def test_max_steps_and_bf16_and_checkpointing_run(tmp_path):
