@@ -70,6 +70,9 @@ def stepper(name: str, options: dict, tiny: bool, device: torch.device):
     mllm, stream = make_mllm(tiny, device), make_stream(BATCH if tiny else 4 * BATCH)
     method = methods.create(name, **options)
     method.setup(mllm, stream)
+    if mllm.experts is not None:
+        # as `mllmcl.train` does
+        mllm.lay_experts(by_columns=device.type == "cpu")
     step = None
     for place, task in enumerate(stream.tasks[:TASKS]):
         if place:

@@ -252,6 +252,10 @@ class ExpertLinear(nn.Module):
         self.router_weight = None if router is None else nn.Parameter(router)
         self.gating: nn.Module | None = None
 
+    def _b_of(self, rows: slice) -> Tensor:
+        """B of some rank rows; the gradient comes back laid as B is, so that nobody has to lay it anew."""
+        return self.lora_b.t()[rows].t() if self.state.by_columns else self.lora_b[:, rows]
+
     @property
     def router_parameters(self) -> dict[str, nn.Parameter]:
         """Name to parameter of what learns to choose in this layer: the learned router and the gating."""
@@ -306,7 +310,7 @@ class ExpertLinear(nn.Module):
                 self.weight,
                 self.bias,
                 self.lora_a if is_alone else self.lora_a[rows],
-                self.lora_b if is_alone else self.lora_b[:, rows],
+                self.lora_b if is_alone else self._b_of(rows),
                 ranks=(state.ranks[expert],),
                 scaling=(state.scaling[expert],),
                 trainable=(state.trainable[expert],),
