@@ -117,14 +117,16 @@ def highlights() -> str:
 
 
 def steps() -> str:
-    """Every method's step beside plain LoRA's."""
-    rows = []
+    """Every method's step beside plain LoRA's, as it was measured last: its total rank may have changed since."""
+    rows = {}
     for case, device in _newest():
         if case["op"] == "training step":
             name, _, rest = case["case"].partition(", ")
             passes, ratio = case["notes"].get("in addition", ""), case["notes"]["of lora's step"]
-            rows.append([f"`{name}`", rest, f"{ratio:.2f}", passes, device])
-    return table(("method", "case", "of plain LoRA's step", "in addition", "device"), rows)
+            rows[name] = [f"`{name}`", rest, f"{ratio:.2f}", passes, device]
+    return table(
+        ("method", "case", "of plain LoRA's step", "in addition", "device"), (rows[name] for name in sorted(rows))
+    )
 
 
 def sweep() -> str:

@@ -232,9 +232,9 @@ class MLLM:
     def lay_experts(self, *, by_columns: bool) -> MLLM:
         """Lay every B in memory column by column, so that each expert is one piece, or row by row, also as it grows.
 
-        Same values, same parameters; views of them taken before are of no use. On the CPU a step is faster by columns,
-        and `mllmcl.train` lays them so while it runs. FSDP2 and whatever else takes contiguous parameters alone want
-        rows, as `add_experts` makes them.
+        Same values, same parameters; views of them taken before are of no use. On the CPU a step is a little faster by
+        columns, and `mllmcl.train` lays them so while it runs. FSDP2 and whatever else takes contiguous parameters
+        alone want rows, as `add_experts` makes them.
 
         Raises:
             ValueError: there are no experts.
