@@ -51,7 +51,7 @@ class _Cohort:
     step: Tensor
     count: float
     masks: tuple[list, list, list]
-    came_before: bool = False
+    updates: int = 0
     prepared: Prepared | None = None
 
     def stands(self) -> bool:
@@ -77,8 +77,10 @@ class _Cohort:
         lists = (self.params, grads, self.exp_avgs, self.exp_avg_sqs)
         args = (*lists, *self.masks, *map(as_number, (self.count, lr, scale)), *options)
         masked_adamw_op(*args)
-        self.prepared = masked_adamw_op.prepare(*args) if self.came_before else None
-        self.came_before = True
+        self.updates += 1
+        # looked for once; and anew where what was prepared no longer fits, unless somebody only watches operators
+        if self.updates == 2 or self.prepared is not None:
+            self.prepared = masked_adamw_op.prepare(*args) or self.prepared
 
 
 class MaskedAdamW(torch.optim.Optimizer):

@@ -166,6 +166,24 @@ def test_the_backend_asked_for_runs(calls, monkeypatch):
     assert calls == ["op", "op", "prepared", "refused", "op"]
 
 
+def test_without_a_way_to_prepare_it_is_looked_for_once(calls, monkeypatch):
+    asked = []
+    monkeypatch.setattr(OP, "prepare", lambda *args: asked.append(args))
+    Run().step(6)
+    assert len(asked) == 1 and calls == 6 * ["op"]
+
+
+def test_a_profiler_sees_the_op_and_what_was_prepared_stays(calls):
+    run = Run()
+    run.step(3)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run.step()
+    run.step()
+    assert calls == ["op", "op", "prepared", "refused", "op", "prepared"]
+    assert any(event.key == "mllmcl::masked_adamw_" for event in profile.key_averages())
+    assert_same(run, by_the_op(5))
+
+
 def test_a_graph_that_holds_the_old_values_refuses():
     run = Run()
     run.step(3)
