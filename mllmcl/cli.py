@@ -16,7 +16,7 @@ from .training.config import TrainConfig
 __all__ = ["MethodConfig", "ModelConfig", "RunConfig", "StreamConfig", "main"]
 
 # exit codes
-USAGE, FAILED, INTERRUPTED, TERMINATED = 2, 1, 130, 143
+USAGE, FAILED, INTERRUPTED, NOT_READ, TERMINATED = 2, 1, 130, 141, 143
 
 
 @dataclass(kw_only=True)
@@ -363,7 +363,21 @@ def _on_terminate(*_) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The program. Exit code 0, 1 for a failed run, 2 for wrong usage, 130 and 143 when it was interrupted."""
+    """The program.
+
+    Exit code 0, 1 for a failed run, 2 for wrong usage, 130 and 143 when it was interrupted, 141 when nobody reads on.
+    """
+    try:
+        code = _command(arguments)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # `mllmcl methods | head` has seen enough; what is still held back has nowhere to go
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return NOT_READ
+
+
+def _command(arguments: list[str] | None) -> int:
     import signal
 
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -385,6 +399,8 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("mllmcl: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:
+        raise
     except (ValueError, TypeError, RuntimeError, OSError, ImportError, FloatingPointError) as error:
         if os.environ.get("MLLMCL_DEBUG", "0") not in ("", "0"):
             raise

@@ -121,6 +121,18 @@ def test_methods_streams_and_doctor_tell_what_is_there():
     assert "resvg-py" in doctor and "npm" in doctor
 
 
+@pytest.mark.parametrize("arguments", [("methods",), ("streams",), ("--help",)], ids=" ".join)
+def test_a_reader_that_has_seen_enough_is_no_error(arguments):
+    """As with `mllmcl methods | head`: nothing on stderr, and the exit code of a program that a closed pipe ended."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "mllmcl", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=writer, stderr=subprocess.PIPE, timeout=60)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
 def test_a_package_that_is_missing_is_told_in_a_line():
     missing = "def missing(arguments): raise ImportError('it needs the package toys')"
     used = "cli.COMMANDS['streams'] = (missing,)\nraise SystemExit(cli.main(['streams']))"
