@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .checks import dtypes_in
 from .dropout import COLUMN_STEP, ROW_STEP
+from .faults import fault_flag
 from .layouts import laid_like, laid_masks, slices
 from .library import debug_checks
 from .masks import NONE, OWNER
@@ -29,6 +30,7 @@ __all__ = [
     "NO_GATES",
     "ROW_BLOCK",
     "SOFT_GATES",
+    "Gating",
     "GroupedProducts",
     "Tile",
     "Tiles",
@@ -318,6 +320,33 @@ def rank_tables(
             torch.tensor([scaling[expert] for expert in owner], dtype=torch.float32, device=device),
             torch.tensor(starts, dtype=torch.int32, device=device),
         )
+
+
+@dataclass(frozen=True)
+class Gating:
+    """What the kernels read gates from: the tensor, its kind, tokens a row of it, experts, and the rank tables."""
+
+    gates: Tensor
+    kind: int
+    run: int
+    experts: int
+    owner: Tensor
+    scale: Tensor
+    starts: Tensor
+    #: raised by ids out of range
+    flag: Tensor
+
+    @classmethod
+    def of(cls, gates: Tensor | None, ranks: Sequence[int], scaling: Sequence[float], x: Tensor) -> Gating:
+        """Of gates [G, E], ids [G] or None for the tokens of x [T, ...], each row for T / G of them."""
+        owner, scale, starts = rank_tables(tuple(ranks), tuple(scaling), x.device)
+        raise_for_ids("lora_mix", gates, len(ranks))
+        if gates is None:
+            return cls(scale, NO_GATES, 1, len(ranks), owner, scale, starts, starts)
+        kind = SOFT_GATES if gates.is_floating_point() else EXPERT_IDS
+        run = max(x.shape[0] // max(gates.shape[0], 1), 1)
+        flag = fault_flag("lora_mix", len(ranks), x.device) if kind == EXPERT_IDS else starts
+        return cls(gates.contiguous(), kind, run, len(ranks), owner, scale, starts, flag)
 
 
 # -- products of many pairs in one launch ----------------------------------------------------------------------------

@@ -25,7 +25,9 @@ needs_triton = pytest.mark.skipif(
 )
 
 
-def layer(tokens: int, width: int, out: int, dtype=torch.bfloat16, seed: int = 0) -> dict[str, torch.Tensor]:
+def layer(
+    tokens: int, width: int, out: int, dtype=torch.bfloat16, seed: int = 0, rank: int = R
+) -> dict[str, torch.Tensor]:
     generator = torch.Generator(DEVICE).manual_seed(seed)
 
     def normal(*shape: int, scale: float = 1.0):
@@ -35,17 +37,16 @@ def layer(tokens: int, width: int, out: int, dtype=torch.bfloat16, seed: int = 0
         "x": normal(tokens, width).requires_grad_(),
         "weight": normal(out, width, scale=width**-0.5),
         "bias": normal(out),
-        "lora_a": normal(E * R, width, scale=width**-0.5).requires_grad_(),
-        "lora_b": normal(out, E * R, scale=0.1).requires_grad_(),
+        "lora_a": normal(E * rank, width, scale=width**-0.5).requires_grad_(),
+        "lora_b": normal(out, E * rank, scale=0.1).requires_grad_(),
         "router": normal(E, width, scale=width**-0.5).requires_grad_(),
         "dy": normal(tokens, out),
     }
 
 
 def mixed(given: dict, gates, backend=None):
-    return lora_mix(
-        *(given[key] for key in ("x", "weight", "bias", "lora_a", "lora_b")), gates, ranks=RANKS, backend=backend
-    )
+    tensors = [given[key] for key in ("x", "weight", "bias", "lora_a", "lora_b")]
+    return lora_mix(*tensors, gates, ranks=(len(given["lora_a"]) // E,) * E, backend=backend)
 
 
 def outcome(given: dict, gates, backend=None) -> list[torch.Tensor]:
@@ -220,6 +221,43 @@ def test_whatever_tuning_chooses_is_right_with_a_router(tokens: int, place: int)
     gates = routing.gates.detach()
     off = excess(y, mixed(given, gates, "reference"), mixed(wide, gates, "reference"))
     assert off.passes, off
+
+
+@needs_triton
+@pytest.mark.parametrize("place", range(3))
+@pytest.mark.parametrize("run", [1, 512])
+def test_grouped_tokens_by_ids(run: int, place: int):
+    """Past the break-even: dense kernels and both tiles of the grouped ones, replayed with ids that group otherwise."""
+    tokens, given = 2048, layer(2048, 512, 384, rank=64)
+    ids = (torch.arange(tokens // run, device=DEVICE) % E).view(-1, 1).expand(-1, run).reshape(-1)
+    with picking(place):
+        follow_the_rule(outcome(given, ids, "triton"), given, ids)
+        graph, found = captured(lambda: outcome(given, ids, "triton"))
+        for make in GATES["ids of tokens"]:
+            ids.copy_(make(tokens))
+            graph.replay()
+            torch.cuda.synchronize()
+            follow_the_rule(found, given, ids)
+
+
+@needs_triton
+@pytest.mark.parametrize("place", [1, 2])
+def test_grouped_tokens_by_a_router(place: int):
+    """The best two of eight in groups against the dense kernels: y, gates and every gradient."""
+    given = layer(2048, 512, 384, rank=64)
+    names = ("x", "weight", "bias", "lora_a", "lora_b", "router")
+
+    def run():
+        y, routing = lora_mix_routed(*(given[key] for key in names), top_k=2, renormalize=True, backend="triton")
+        leaves = [given[key] for key in names if given[key].requires_grad]
+        return [y.detach(), routing.gates.detach(), *torch.autograd.grad((y * given["dy"]).sum(), leaves)]
+
+    with picking(0):
+        dense = run()
+    with picking(place):
+        grouped = run()
+    for position, (ours, other) in enumerate(zip(grouped, dense, strict=True)):
+        assert same(ours, other), position
 
 
 @pytest.mark.parametrize("name", ["lora_mix", "route"])

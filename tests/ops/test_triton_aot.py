@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
-from mllmcl_kernels import triton_expand, triton_tools, tuning  # noqa: E402
+from mllmcl_kernels import triton_expand, triton_grouped, triton_tools, tuning  # noqa: E402
 from mllmcl_kernels.masks import ELEMENTS, NONE  # noqa: E402
 from mllmcl_kernels.ops.anchor_grad import triton as anchor_grad  # noqa: E402
 from mllmcl_kernels.ops.distillation_loss import triton as distillation_loss  # noqa: E402
@@ -132,6 +132,27 @@ def mix_calls(dtype: torch.dtype, tokens: int, rank: int, experts: int, dropout:
         lora_mix_routed.lora_mix_routed_triton(*layer, *options, *experts_of)
 
 
+def grouped_mix_calls(dtype: torch.dtype, rank: int, experts: int, dropout: float, width: int = 4096) -> None:
+    """Tokens grouped by the experts they chose, for top-k and for ids, B by rows and by columns."""
+    tokens, total = 4096, rank * experts
+    x, weight = empty(tokens, width, dtype=dtype), empty(width, width, dtype=dtype)
+    lora_a, b_rows, s = (empty(*shape, dtype=dtype) for shape in ((total, width), (total, width), (tokens, total)))
+    gates, seed = empty(tokens, experts, dtype=torch.float32), empty(1, dtype=torch.int64)
+    ids, best = empty(tokens, dtype=torch.int64), empty(tokens, 2, dtype=torch.int32)
+    router, experts_of = empty(experts, width, dtype=dtype), ([rank] * experts, [1.0] * experts, [True] * experts)
+    for tile in range(len(triton_grouped.RANK_TILES)):
+        chosen = mock.patch.object(lora_mix, "groupings", lambda *_, tile=tile: (triton_grouped.Grouping(tile),))
+        for lora_b in (b_rows.t(), b_rows.view(width, total)):
+            with chosen:
+                lora_mix.lora_mix_triton(x, weight, None, lora_a, lora_b, ids, seed, *experts_of, dropout)
+                backward = (x, x, weight, lora_a, lora_b, ids, seed, s, *experts_of, dropout, [True] * 5 + [False])
+                lora_mix.lora_mix_backward_triton(*backward)
+                grads = gates, empty(tokens, 2, dtype=torch.float32), gates, gates
+                saved = (x, weight, lora_a, lora_b, router, seed, s, gates, best, gates)
+                options = ("softmax", 1.0, True, False, *experts_of, dropout, [True] * 7)
+                lora_mix_routed.lora_mix_routed_backward_triton(x, *grads, *saved, *options)
+
+
 def route_calls(dtype: torch.dtype, tokens: int, experts: int, top_k: int, score: str, width: int = 4096) -> None:
     x, weight = empty(tokens, width, dtype=dtype), empty(experts, width, dtype=dtype)
     outputs = route.route_triton(x, weight, None, None, None, top_k, score, 1.0, True, False)
@@ -208,6 +229,9 @@ def launches(dtype: torch.dtype, architecture: int) -> list[Launch]:
         mix_calls(dtype, 16384, rank=16, experts=8, dropout=0.1)
         mix_calls(dtype, 16384, rank=16, experts=8, dropout=0.0)
         mix_calls(dtype, 16384, rank=16, experts=4, dropout=0.0)
+        if dtype != torch.float32:
+            grouped_mix_calls(dtype, 64, 16, 0.0)
+            grouped_mix_calls(dtype, 16, 24, 0.1)
         grouped_calls(dtype, rank=16)
         grouped_calls(dtype, rank=128)
         route_calls(dtype, 8192, 8, 2, "softmax")

@@ -1,14 +1,15 @@
 """`lora_mix` in Triton: skinny products in rank space with the gates in their epilogue, wide products in cuBLAS.
 
 Forward: one pass over x gives s and s * G; y by `triton_expand`. Backward: one pass over dy gives ds = (dy B) * G,
-s * G again and the gates' gradient. No atomics; every split of a contraction is added up in fixed order.
+s * G again and the gates' gradient. No atomics; every split of a contraction is added up in fixed order. Where tokens
+choose experts, `triton_grouped` can do what lies in rank space for the chosen ones alone.
 """
 
 # T tokens, K in, N out, E experts, R sum of ranks; `run` consecutive tokens share a row of gates
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,13 +18,22 @@ import triton.language as tl
 from torch import Tensor
 
 from ...dropout import threshold
-from ...faults import fault_flag
 from ...layouts import by_columns
 from ...triton_expand import add_product
+from ...triton_grouped import (
+    Choice,
+    Grouping,
+    Pairs,
+    grouped_rank_gradients,
+    grouped_shrink,
+    grouped_weight_gradient,
+    groupings,
+    pairs_by_expert,
+)
 from ...triton_tools import (
     EXPERT_IDS,
-    NO_GATES,
     SOFT_GATES,
+    Gating,
     Tile,
     Tiles,
     ceil_div,
@@ -36,15 +46,21 @@ from ...triton_tools import (
     note_wrong_ids,
     num_processors,
     power_of_two,
-    raise_for_ids,
     rank_product,
-    rank_tables,
     rows_and_ranks,
 )
 from ...tuning import bucket, pick_tile
 from . import lora_mix_backward_op, lora_mix_op
 
-__all__ = ["adapter_gradients", "input_gradient", "rank_gradients", "shrink", "trainable_runs"]
+__all__ = [
+    "adapter_gradients",
+    "input_gradient",
+    "mix",
+    "pick_grouping",
+    "rank_gradients",
+    "shrink",
+    "trainable_runs",
+]
 
 _SOFT = tl.constexpr(SOFT_GATES)
 _IDS = tl.constexpr(EXPERT_IDS)
@@ -288,37 +304,11 @@ def _lora_mix_bwd_da_kernel(
 # -- forward ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Gating:
-    """What the kernels read gates from: the tensor, its kind, tokens a row of it, experts, and the rank tables."""
-
-    gates: Tensor
-    kind: int
-    run: int
-    experts: int
-    owner: Tensor
-    scale: Tensor
-    starts: Tensor
-    #: raised by ids out of range
-    flag: Tensor
-
-
-def _gating(gates: Tensor | None, ranks: Sequence[int], scaling: Sequence[float], x: Tensor) -> _Gating:
-    owner, scale, starts = rank_tables(tuple(ranks), tuple(scaling), x.device)
-    raise_for_ids("lora_mix", gates, len(ranks))
-    if gates is None:
-        return _Gating(scale, NO_GATES, 1, len(ranks), owner, scale, starts, starts)
-    kind = SOFT_GATES if gates.is_floating_point() else EXPERT_IDS
-    run = max(x.shape[0] // max(gates.shape[0], 1), 1)
-    flag = fault_flag("lora_mix", len(ranks), x.device) if kind == EXPERT_IDS else starts
-    return _Gating(gates.contiguous(), kind, run, len(ranks), owner, scale, starts, flag)
-
-
 def shrink(
     x: Tensor, lora_a: Tensor, gates: Tensor | None, ranks: Sequence[int], scaling: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
     """s = x A^T and s * G, [T, R] in x's dtype."""
-    return _shrink(x, lora_a, None, 0.0, _gating(gates, ranks, scaling, x))
+    return _shrink(x, lora_a, None, 0.0, Gating.of(gates, ranks, scaling, x))
 
 
 #: torch's product in place of a tile of ours, with the gates in a kernel behind it
@@ -345,7 +335,7 @@ def _rank_launch(name: str, tokens: int, width: int, rank: int, like: Tensor, ru
     attempt(pick_tile(key, choices, like.device, attempt))
 
 
-def _shrink(x: Tensor, lora_a: Tensor, seed: Tensor | None, dropout: float, by: _Gating) -> tuple[Tensor, Tensor]:
+def _shrink(x: Tensor, lora_a: Tensor, seed: Tensor | None, dropout: float, by: Gating) -> tuple[Tensor, Tensor]:
     """s = drop(x) A^T and s * G, [T, R] in x's dtype."""
     (tokens, width), rank = x.shape, lora_a.shape[0]
     s, mixed = x.new_empty(tokens, rank), x.new_empty(tokens, rank)
@@ -371,7 +361,7 @@ def _shrink(x: Tensor, lora_a: Tensor, seed: Tensor | None, dropout: float, by: 
     return s, mixed
 
 
-def _mix(planes: Tensor, s: Tensor, mixed: Tensor, split: int, by: _Gating) -> None:
+def _mix(planes: Tensor, s: Tensor, mixed: Tensor, split: int, by: Gating) -> None:
     (tokens, rank), tile = s.shape, TILES.gate
     n = min(tile.n, power_of_two(rank))
     launch(
@@ -390,9 +380,34 @@ def _supports(x, weight, bias, lora_a, lora_b, gates, *_rest) -> str | None:
 @lora_mix_op.provider("triton", supports=_supports)
 def lora_mix_triton(x, weight, bias, lora_a, lora_b, gates, seed, ranks, scaling, trainable, dropout):
     """One pass over x for s and s * G, then y."""
-    gates = gates if gates is None or not gates.is_floating_point() else gates.float()
-    s, mixed = _shrink(x, lora_a, seed, dropout, _gating(gates, ranks, scaling, x))
-    return add_product(x, weight, bias, mixed, lora_b), s
+    by = Gating.of(gates if gates is None or not gates.is_floating_point() else gates.float(), ranks, scaling, x)
+    choice = Choice(by.gates, by.run) if by.kind == EXPERT_IDS else None
+    return mix(x, weight, bias, lora_a, lora_b, seed, ranks, dropout, by, choice)
+
+
+def mix(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, seed: Tensor | None,
+    ranks: Sequence[int], dropout: float, by: Gating, choice: Choice | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """y and s. `choice`: experts outside of which gates are zero and their gradient is asked by nobody."""
+
+    def run(grouping: Grouping) -> tuple[Tensor, Tensor]:
+        pairs = pairs_by_expert(choice, x.shape[0], by, grouping)
+        if pairs is None:
+            s, mixed = _shrink(x, lora_a, seed, dropout, by)
+        else:
+            s, mixed = grouped_shrink(x, lora_a, seed, dropout, ranks, by, pairs)
+        return add_product(x, weight, bias, mixed, lora_b), s
+
+    return run(pick_grouping("lora_mix", x, lora_b, ranks, choice, run))
+
+
+def pick_grouping(
+    name: str, x: Tensor, lora_b: Tensor, ranks: Sequence[int], choice: Choice | None, run: Callable[[Grouping], object]
+) -> Grouping:
+    tokens, width = x.shape
+    key = (f"{name}_grouping", bucket(tokens), width, *lora_b.shape, choice and (choice.top_k, choice.run > 1), x.dtype)
+    return pick_tile(key, groupings(tokens, ranks, choice, x.dtype), x.device, run)
 
 
 # -- backward ---------------------------------------------------------------------------------------------------------
@@ -411,11 +426,12 @@ def trainable_runs(ranks: Sequence[int], trainable: Sequence[bool]) -> list[tupl
 
 
 def rank_gradients(
-    dy: Tensor, lora_b: Tensor, s: Tensor, gates: Tensor | None, ranks: Sequence[int], scaling: Sequence[float],
-    ds: Tensor, needs_mixed: bool, needs_gates: bool,
+    dy: Tensor, lora_b: Tensor, s: Tensor, ds: Tensor, ranks: Sequence[int], by: Gating, pairs: Pairs | None,
+    needs_mixed: bool, needs_gates: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Write ds = (dy B) * G into `ds` [T, R]; give s * G [T, R] and the gates' gradient by token [T, E] float32."""
-    by = _gating(gates, ranks, scaling, dy)
+    if pairs is not None:
+        return grouped_rank_gradients(dy, lora_b, s, ds, ranks, by, pairs, needs_mixed, needs_gates)
     (tokens, out), rank = dy.shape, lora_b.shape[1]
     s = s.contiguous()
     mixed = dy.new_empty(s.shape) if needs_mixed else s
@@ -493,10 +509,18 @@ def _dropped_da(ds: Tensor, x: Tensor, seed: Tensor, dropout: float, first: int,
 
 def adapter_gradients(
     dy: Tensor, x: Tensor, ds: Tensor, mixed: Tensor, lora_b: Tensor, seed: Tensor | None, dropout: float,
-    runs: Sequence[tuple[int, int]], needs_a: bool, needs_b: bool,
+    ranks: Sequence[int], trainable: Sequence[bool], by: Gating, pairs: Pairs | None, needs_a: bool, needs_b: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dA [R, K] and dB [N, R]: zero outside the runs of ranks that train, which alone cost work. dB lies as B does."""
-    rank, columns = mixed.shape[1], by_columns(lora_b)
+    """dA [R, K] and dB [N, R]: zero outside the ranks that train, which alone cost work. dB lies as B does."""
+    rank, columns, runs = mixed.shape[1], by_columns(lora_b), trainable_runs(ranks, trainable)
+    if pairs is not None:
+        da = x.new_zeros(rank, x.shape[1]) if needs_a else x.new_empty(0)
+        db = torch.zeros_like(lora_b, dtype=x.dtype) if needs_b else x.new_empty(0)
+        if needs_a:
+            grouped_weight_gradient(da, ds, x, ranks, trainable, by, pairs, seed, dropout)
+        if needs_b:
+            grouped_weight_gradient(db.t(), mixed, dy, ranks, trainable, by, pairs)
+        return da, db
     if list(runs) == [(0, rank)] and dropout == 0.0:
         da = ds.t() @ x if needs_a else x.new_empty(0)
         if not needs_b:
@@ -528,21 +552,28 @@ def lora_mix_backward_triton(
 ):  # fmt: skip
     """One pass over dy in rank space, then dx, dA and dB."""
     needs_x, needs_weight, needs_bias, needs_a, needs_b, needs_gates = needs
-    empty = [x.new_empty(0) for _ in needs]
     wide = gates.float() if gates is not None and gates.is_floating_point() else gates
-    ds, mixed = x.new_empty(s.shape), s
-    if needs_x or needs_a or needs_gates:
-        mixed, by_token = rank_gradients(dy, lora_b, s, wide, ranks, scaling, ds, needs_b, needs_gates)
-    elif needs_b:
-        s, mixed = s.contiguous(), x.new_empty(s.shape)
-        _mix(s, s, mixed, 0, _gating(wide, ranks, scaling, x))
-    dx = input_gradient(dy, weight, ds, lora_a, seed, dropout) if needs_x else empty[0]
-    dweight = dy.t() @ x if needs_weight else empty[1]
-    dbias = dy.sum(0) if needs_bias else empty[2]
-    runs = trainable_runs(ranks, trainable)
-    da, db = adapter_gradients(dy, x, ds, mixed, lora_b, seed, dropout, runs, needs_a, needs_b)
-    dgates = empty[5]
+    by = Gating.of(wide, ranks, scaling, dy)
+    choice = Choice(by.gates, by.run) if by.kind == EXPERT_IDS else None
+
+    def run(grouping: Grouping) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        pairs = pairs_by_expert(choice, x.shape[0], by, grouping)
+        ds, mixed, by_token = x.new_empty(s.shape), x.new_empty(s.shape), x.new_empty(0)
+        if needs_x or needs_a or needs_gates:
+            mixed, by_token = rank_gradients(dy, lora_b, s, ds, ranks, by, pairs, needs_b, needs_gates)
+        elif needs_b:
+            kept = s.contiguous()
+            _mix(kept, kept, mixed, 0, by)
+        dx = input_gradient(dy, weight, ds, lora_a, seed, dropout) if needs_x else x.new_empty(0)
+        given = (dy, x, ds, mixed, lora_b, seed, dropout, ranks, trainable, by, pairs)
+        return dx, *adapter_gradients(*given, needs_a, needs_b), by_token
+
+    dx, da, db, dgates = run(pick_grouping("lora_mix_backward", x, lora_b, ranks, choice, run))
     if needs_gates:
         rows, experts = gates.shape
-        dgates = by_token.view(rows, dy.shape[0] // max(rows, 1), experts).sum(1).to(gates.dtype)
+        dgates = dgates.view(rows, dy.shape[0] // max(rows, 1), experts).sum(1).to(gates.dtype)
+    else:
+        dgates = x.new_empty(0)
+    dweight = dy.t() @ x if needs_weight else x.new_empty(0)
+    dbias = dy.sum(0) if needs_bias else x.new_empty(0)
     return dx, dweight, dbias, da, db, dgates

@@ -20,7 +20,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ...triton_expand import add_product
+from ...triton_grouped import Choice, Grouping, pairs_by_expert
 from ...triton_tools import (
+    Gating,
     Tile,
     Tiles,
     ceil_div,
@@ -35,7 +37,8 @@ from ...tuning import bucket, pick_tile
 from ..lora_mix.triton import (
     adapter_gradients,
     input_gradient,
-    lora_mix_triton,
+    mix,
+    pick_grouping,
     rank_gradients,
     trainable_runs,
 )
@@ -127,6 +130,11 @@ def _lora_mix_routed_shrink_kernel(
     tl.store(mixed_ptr + places, mixed.to(mixed_ptr.dtype.element_ty), mask=kept)
 
 
+def _choice(indices: Tensor, experts: int, straight_through: bool) -> Choice | None:
+    """Experts outside of which gates are zero and nobody asks for their gradient."""
+    return None if straight_through or indices.shape[1] == experts else Choice(indices)
+
+
 def _merges(rank: int, experts: int, score: str, dropout: float) -> bool:
     """Whether router and experts share a pass over x."""
     return dropout == 0.0 and score != "cosine" and rank > 0 and rank + experts <= TILES.widest
@@ -147,14 +155,14 @@ def lora_mix_routed_triton(
 ):  # fmt: skip
     """One pass over x for the routing, s and s * G, then y; two passes where one does not fit or takes longer."""
     routing_options = (top_k, score, temperature, renormalize, straight_through)
-    experts_of = (ranks, scaling, trainable, dropout)
     layer, router = (x, weight, bias, lora_a, lora_b), (router_weight, router_bias, noise, expert_mask)
 
     def run(passes: Passes):
         if passes.number == 1:
             return _in_one_pass(*layer, *router, *routing_options, ranks, scaling)
         routing = route_triton(x, *router, *routing_options)
-        return *lora_mix_triton(*layer, routing[0], seed, *experts_of), *routing
+        by, choice = Gating.of(routing[0], ranks, scaling, x), _choice(routing[1], len(ranks), straight_through)
+        return *mix(*layer, seed, ranks, dropout, by, choice), *routing
 
     if not _merges(lora_a.shape[0], router_weight.shape[0], score, dropout):
         return run(Passes(2))
@@ -229,26 +237,37 @@ def lora_mix_routed_backward_triton(
     """One pass over dy in rank space, the router's formula, then the products."""
     needs_x, needs_weight, needs_bias, needs_a, needs_b, needs_router, needs_router_bias = needs
     rank, experts = lora_a.shape[0], router_weight.shape[0]
-    merged = _merges(rank, experts, score, dropout)
-    extended = x.new_empty(x.shape[0], rank + experts)
-    ds, low = extended[:, :rank], extended[:, rank:]
-    mixed, through_mix = rank_gradients(dy, lora_b, s, gates, ranks, scaling, ds, needs_b, True)
-    dl = logits_gradient_triton(
-        d_gates, d_values, d_logits, d_probs, gates, indices, probs, score, temperature, renormalize,
-        straight_through, more=through_mix, low=low,
-    )  # fmt: skip
-    runs = trainable_runs(ranks, trainable)
-    if merged:
-        dx = x.new_empty(0)
-        if needs_x:
+    by, choice = Gating.of(gates, ranks, scaling, dy), _choice(indices, len(ranks), straight_through)
+    in_one = dropout == 0.0 and score != "cosine"
+
+    def run(grouping: Grouping) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        pairs = pairs_by_expert(choice, x.shape[0], by, grouping)
+        # [ds | dlogits] is one tensor, so that dx takes one product, and dA and dW_r another
+        extended = x.new_empty(x.shape[0], rank + experts)
+        ds, low = extended[:, :rank], extended[:, rank:]
+        mixed, through_mix = rank_gradients(dy, lora_b, s, ds, ranks, by, pairs, needs_b, True)
+        dl = logits_gradient_triton(
+            d_gates, d_values, d_logits, d_probs, gates, indices, probs, score, temperature, renormalize,
+            straight_through, more=through_mix, low=low,
+        )  # fmt: skip
+        dx, da, drouter = (x.new_empty(0) for _ in range(3))
+        joined = in_one and pairs is None
+        if needs_x and in_one:
             dx = add_product(dy, weight.t(), None, extended, torch.cat((lora_a, router_weight)).t())
-        da, drouter = _merged_weights(extended, x, runs, rank, needs_a, needs_router)
-        _, db = adapter_gradients(dy, x, ds, mixed, lora_b, seed, dropout, runs, False, needs_b)
-    else:
-        dx, drouter = logits_backward(dl, x, router_weight, score, needs_x, needs_router)
-        if needs_x:
-            dx = dx + input_gradient(dy, weight, ds, lora_a, seed, dropout)
-        da, db = adapter_gradients(dy, x, ds, mixed, lora_b, seed, dropout, runs, needs_a, needs_b)
+        elif needs_x:
+            dx = input_gradient(dy, weight, ds, lora_a, seed, dropout)
+        if joined:
+            da, drouter = _merged_weights(extended, x, trainable_runs(ranks, trainable), rank, needs_a, needs_router)
+        elif in_one:
+            drouter = low.t() @ x if needs_router else drouter
+        else:
+            through_router, drouter = logits_backward(dl, x, router_weight, score, needs_x, needs_router)
+            dx = dx + through_router
+        given = (dy, x, ds, mixed, lora_b, seed, dropout, ranks, trainable, by, pairs)
+        other, db = adapter_gradients(*given, needs_a and not joined, needs_b)
+        return dx, da if joined else other, db, drouter, dl
+
+    dx, da, db, drouter, dl = run(pick_grouping("lora_mix_routed_backward", x, lora_b, ranks, choice, run))
     dweight = dy.t() @ x if needs_weight else x.new_empty(0)
     dbias = dy.sum(0) if needs_bias else x.new_empty(0)
     drouter_bias = dl.sum(0).to(x.dtype) if needs_router_bias else x.new_empty(0)
