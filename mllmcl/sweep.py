@@ -172,27 +172,34 @@ def run_sweep(path: str | Path, say: Callable[[str], None]) -> int:
             say(f"{label}: done before")
             return None
         say(label)
+        ran.add(cell.name)
         reason = _run(cell, result, sweep.jobs)
         if reason is not None:
             say(f"{cell.name} failed: {reason}")
         return reason
 
     done: dict[str, list[Cell]] = {}
+    ran: set[str] = set()
+    drawn: set[str] = set()
     pool = ThreadPoolExecutor(sweep.jobs)
     try:
         reasons = [(cell, pool.submit(work, place, cell)) for place, cell in enumerate(found, start=1)]
-        # the page grows with the runs, in their order
+        # the page grows with the runs, in their order, and stays as it is where there is nothing new
         for cell, reason in reasons:
             if reason.result() is None:
+                page = results / f"report-{cell.stream}.html"
                 done.setdefault(cell.stream, []).append(cell)
-                _compare(cell.stream, done[cell.stream], results)
+                if cell.name in ran or not page.exists():
+                    drawn.add(cell.stream)
+                if cell.stream in drawn:
+                    _compare(page, done[cell.stream], results)
     finally:
         # an interrupt ends the runs under way and begins no others
         pool.shutdown(cancel_futures=True)
     return 1 if any(reason.result() is not None for _, reason in reasons) else 0
 
 
-def _compare(stream: str, done: list[Cell], results: Path) -> None:
+def _compare(page: Path, done: list[Cell], results: Path) -> None:
     """The page over all finished runs of a stream; of those made elsewhere it shows what their JSON holds."""
     from .evaluation import write_report
 
@@ -206,4 +213,4 @@ def _compare(stream: str, done: list[Cell], results: Path) -> None:
                 atomic_write_json(folder / "matrix.json", values["matrix"])
                 atomic_write_json(folder / "metrics.json", values["metrics"])
             folders.append(folder)
-        write_report(folders, results / f"report-{stream}.html")
+        write_report(folders, page)

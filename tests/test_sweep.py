@@ -61,6 +61,11 @@ def test_a_sweep_runs_what_is_missing_and_compares_all(config):
     assert lines == ["1/2 tasks-lora-seed0: done before", "2/2 tasks-replay-seed0"]
     assert (root / "results/tasks-replay-seed0.json").exists()
     assert (root / "results/tasks-lora-seed0.json").stat().st_mtime_ns == kept
+    page = root / "results/report-tasks.html"
+    assert "replay" in page.read_text() and "lora" in page.read_text()
+    drawn = page.stat().st_mtime_ns
+    assert run_sweep(config, print) == 0
+    assert page.stat().st_mtime_ns == drawn
 
 
 def test_a_result_of_other_defaults_is_not_done(config):
@@ -93,7 +98,7 @@ def test_runs_side_by_side_give_what_one_after_the_other_gives(config, tmp_path)
     shutil.rmtree(tmp_path / "runs")
     page.unlink()
     assert run_sweep(path, print) == 0
-    assert "replay" in page.read_text() and not (tmp_path / "runs").exists()
+    assert "replay" in page.read_text() and "lora" in page.read_text() and not (tmp_path / "runs").exists()
 
 
 def test_a_run_that_fails_does_not_stop_the_others(config, tmp_path):
