@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from .checks import DTYPE, dtypes_in
-from .layouts import laid_like, laid_masks, lie_alike, slices
+from .layouts import addresses, laid_like, laid_masks, lie_alike, seen, seen_as, slices
 from .masks import NONE
 
-__all__ = ["KeptTable", "addresses", "list_reason", "list_table", "number_table"]
+__all__ = ["KeptTable", "list_reason", "list_table", "number_table"]
 
 #: torch's own numbers of the dtypes
 DTYPE_CODE = {torch.float16: 5, torch.float32: 6, torch.bfloat16: 15}
@@ -34,11 +34,6 @@ def number_table(numbers: Sequence[int]) -> Tensor:
 
 def _packed(numbers: Sequence[int]) -> bytearray:
     return bytearray(struct.pack(f"{len(numbers)}q", *numbers))
-
-
-def addresses(tensors: Sequence[Tensor]) -> list[int]:
-    """Where each tensor's numbers begin."""
-    return list(map(Tensor.data_ptr, tensors))
 
 
 def list_reason(
@@ -118,8 +113,8 @@ class KeptTable:
         self._renewable = all(map(operator.is_, chain(*as_read), chain(*read)))
         self._buffer = _packed(numbers)
         self.table = torch.frombuffer(self._buffer, dtype=torch.int64)
-        self._written, self._seen = written, _seen(written)
-        self._read_as = list(map(_seen_as, read))
+        self._written, self._seen = written, seen(written)
+        self._read_as = list(map(seen_as, read))
         self._row = struct.Struct(f"{count}q")
         # addresses, and dtypes where there are several, follow the head and the sizes
         rows = [count * (2 if dtype < 0 else 1) for dtype in numbers[2 : 2 + width]]
@@ -128,18 +123,8 @@ class KeptTable:
 
     def renew(self, read: Sequence[Sequence[Tensor]]) -> bool:
         """Write down where these tensors, which the caller holds, are; False where the table has to be made anew."""
-        if not self._renewable or _seen(self._written) != self._seen or list(map(_seen_as, read)) != self._read_as:
+        if not self._renewable or seen(self._written) != self._seen or list(map(seen_as, read)) != self._read_as:
             return False
         for start, tensors in zip(self._starts, read, strict=True):
             self._row.pack_into(self._buffer, start, *addresses(tensors))
         return True
-
-
-def _seen(lists: Sequence[Sequence[Tensor]]) -> list:
-    """Where the tensors of the lists are, and what they are taken for there."""
-    return [(addresses(tensors), _seen_as(tensors)) for tensors in lists]
-
-
-def _seen_as(tensors: Sequence[Tensor]) -> tuple:
-    """What the bytes of the tensors are taken for, wherever they are."""
-    return list(map(Tensor.numel, tensors)), list(map(Tensor.stride, tensors)), list(map(DTYPE, tensors))

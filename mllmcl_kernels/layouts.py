@@ -14,10 +14,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .checks import are_contiguous, shapes_of
+from .checks import DTYPE, are_contiguous, shapes_of
 from .masks import ELEMENTS, NONE, OWNER
 
-__all__ = ["COLUMNS", "ROWS", "by_columns", "laid_like", "laid_masks", "lie_alike", "lies", "slices"]
+__all__ = [
+    "COLUMNS",
+    "ROWS",
+    "addresses",
+    "by_columns",
+    "laid_like",
+    "laid_masks",
+    "lie_alike",
+    "lies",
+    "seen",
+    "seen_as",
+    "slices",
+]
 
 ROWS, COLUMNS = 0, 1
 
@@ -106,3 +118,18 @@ def slices(tensors: Sequence[Tensor], dims: Sequence[int]) -> tuple[list[int], l
     found = map(_slice, shapes_of(tensors), strides, dims)
     numbers, inner = zip(*found, strict=True) if tensors else ((), ())
     return list(numbers), list(inner)
+
+
+def addresses(tensors: Sequence[Tensor]) -> list[int]:
+    """Where each tensor's numbers begin."""
+    return list(map(Tensor.data_ptr, tensors))
+
+
+def seen(lists: Sequence[Sequence[Tensor]]) -> list:
+    """Where the tensors of the lists are, and what they are taken for there."""
+    return [(addresses(tensors), seen_as(tensors)) for tensors in lists]
+
+
+def seen_as(tensors: Sequence[Tensor]) -> tuple:
+    """What the bytes of the tensors are taken for, wherever they are."""
+    return list(map(Tensor.numel, tensors)), _strides(tensors), list(map(DTYPE, tensors))

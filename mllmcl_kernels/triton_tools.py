@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,9 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .checks import dtypes_in
+from .device_tables import ChunkTable, device_tables
 from .dropout import COLUMN_STEP, ROW_STEP
 from .faults import fault_flag
-from .layouts import laid_like, laid_masks, slices
 from .library import debug_checks
 from .masks import NONE, OWNER
 
@@ -34,27 +34,23 @@ __all__ = [
     "GroupedProducts",
     "Tile",
     "Tiles",
-    "by_dtypes",
     "ceil_div",
+    "chunk_constants",
     "chunk_mask",
     "chunk_of",
-    "chunk_table",
     "compute_capability",
-    "device_tables",
     "dot",
     "dot_precision",
     "dtype_reason",
     "dtypes_reason",
     "gate_tile",
     "grouped_product",
-    "is_wide",
     "keep_tile",
     "laid_out",
     "lane_softmax",
     "lane_softmax_step",
     "launch",
     "lives_there",
-    "masked_by_dtypes",
     "note_wrong_ids",
     "num_processors",
     "power_of_two",
@@ -63,7 +59,6 @@ __all__ = [
     "rank_tables",
     "rows_and_ranks",
     "start",
-    "table_rows",
 ]
 
 #: True where TRITON_INTERPRET=1 was set before triton was imported
@@ -456,123 +451,18 @@ def grouped_product(
 
 #: entries a program takes
 CHUNK = 16384
-#: columns of a table's row behind the addresses
-_MASK_COLUMNS = 6
 _NONE = tl.constexpr(NONE)
 _OWNER = tl.constexpr(OWNER)
-# host memory that a captured CUDA graph copies from at every replay
-_kept_for_replays: list[Tensor] = []
 
 
-@dataclass(frozen=True)
-class ChunkTable:
-    """What a launch over many tensors reads from the device: a row for each tensor, a row for each chunk of entries.
-
-    rows [tensors, width] int64: the address in each list, then the mask's address, its kind, id, inner length, number
-    of slices, and the number of entries. chunks [chunks, 2] int64: tensor and first entry.
-    """
-
-    rows: Tensor
-    chunks: Tensor
-    #: whether some tensor has too many entries for int32
-    wide: bool
-
-    @property
-    def constants(self) -> dict[str, int | bool]:
-        """Compile-time arguments of every kernel that walks the table."""
-        return {"WIDTH": self.rows.shape[1], "WIDE": self.wide, "CHUNK": CHUNK}
+def chunk_constants(table: ChunkTable) -> dict[str, int | bool]:
+    """Compile-time arguments of every kernel that walks the table."""
+    return {"WIDTH": table.rows.shape[1], "WIDE": table.wide, "CHUNK": CHUNK}
 
 
-def _chunks(rows: tuple[tuple[int, ...], ...]) -> tuple[Tensor, Tensor]:
-    counts = torch.tensor([row[-1] for row in rows])
-    chunks_of = (counts + CHUNK - 1) // CHUNK
-    tensor = torch.repeat_interleave(torch.arange(len(rows)), chunks_of)
-    first = torch.arange(len(tensor)) - torch.repeat_interleave(torch.cumsum(chunks_of, 0) - chunks_of, chunks_of)
-    return torch.tensor(rows, dtype=torch.int64), torch.stack((tensor, first * CHUNK), 1)
-
-
-# addresses repeat from step to step, so that the copy to the device happens once
-@functools.lru_cache(maxsize=64)
-def _cached_tables(make: Callable[..., Sequence[Tensor]], key: tuple, device: torch.device) -> tuple[Tensor, ...]:
-    with torch.inference_mode(False):
-        return tuple(table.to(device) for table in make(*key))
-
-
-def device_tables(make: Callable[..., Sequence[Tensor]], key: tuple, device: torch.device) -> tuple[Tensor, ...]:
-    """The tables that `make(*key)` gives, on the device: kept while the key repeats, safe in a captured CUDA graph."""
-    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
-        return _cached_tables(make, key, device)
-    host = [table.pin_memory() for table in make(*key)]
-    _kept_for_replays.extend(host)
-    return tuple(table.to(device, non_blocking=True) for table in host)
-
-
-def table_rows(
-    lists: Sequence[Sequence[Tensor]], masks: Sequence[Tensor], kinds: Sequence[int], actives: Sequence[int]
-) -> tuple[tuple[int, ...], ...]:
-    """Rows of a `ChunkTable` for tensors without gaps, `lists[l][i]` all of tensor i's shape and laid alike."""
-    rows = []
-    numbers, lengths = slices(lists[0], kinds)
-    for index, (mask, kind, active) in enumerate(zip(masks, kinds, actives, strict=True)):
-        inner, count = (lengths[index], numbers[index]) if kind >= 0 else (1, 1)
-        addresses = [tensors[index].data_ptr() for tensors in lists]
-        row = (*addresses, mask.data_ptr(), kind, active, inner, count, lists[0][index].numel())
-        assert len(row) == len(lists) + _MASK_COLUMNS
-        rows.append(row)
-    return tuple(rows)
-
-
-def chunk_table(
-    lists: Sequence[Sequence[Tensor]], masks: Sequence[Tensor], kinds: Sequence[int], actives: Sequence[int]
-) -> ChunkTable:
-    """The table of tensors without gaps that lie alike, masks as `flatten_masks` gives them."""
-    rows = table_rows(lists, masks, kinds, actives)
-    return ChunkTable(*device_tables(_chunks, (rows,), lists[0][0].device), is_wide(rows))
-
-
-def is_wide(rows: tuple[tuple[int, ...], ...]) -> bool:
-    """Whether some tensor has too many entries for int32."""
-    return max(row[-1] for row in rows) >= 2**31
-
-
-def _in_rows(_heads: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [tensor.contiguous() for tensor in tensors]
-
-
-def by_dtypes(
-    lists: Sequence[Sequence[Tensor]], written: Sequence[int], *columns: Sequence, lay: Callable = _in_rows
-) -> Iterator[tuple[list[list[Tensor]], list[list]]]:
-    """For each combination of dtypes the tensors of every list without gaps, and the columns' values beside them.
-
-    Tensors without entries are left out. When the caller comes back for the next ones, tensors of the lists at the
-    places `written` receive what was written into their copies. `lay` copies tensors as the first list's may want it.
-    """
-    groups: dict[tuple[torch.dtype, ...], list[int]] = {}
-    for index, tensors in enumerate(zip(*lists, strict=True)):
-        if tensors[0].numel():
-            groups.setdefault(tuple(tensor.dtype for tensor in tensors), []).append(index)
-    for indices in groups.values():
-        heads = [lists[0][index] for index in indices]
-        flat = [lay(heads, [tensors[index] for index in indices]) for tensors in lists]
-        yield flat, [[column[index] for index in indices] for column in columns]
-        for place in written:
-            for index, copy in zip(indices, flat[place], strict=True):
-                if copy is not lists[place][index]:
-                    lists[place][index].copy_(copy)
-
-
-def masked_by_dtypes(
-    lists: Sequence[Sequence[Tensor]], written: Sequence[int], masks: Sequence[Tensor], kinds: Sequence[int],
-    *columns: Sequence,
-) -> Iterator[tuple[list[list[Tensor]], list[list]]]:  # fmt: skip
-    """`by_dtypes` with tensors and masks laid as the first list's tensors lie; the columns begin with masks, kinds."""
-    for flat, (some, kinds_here, *rest) in by_dtypes(lists, written, masks, kinds, *columns, lay=laid_like):
-        yield flat, [laid_masks(flat[0], some, kinds_here), kinds_here, *rest]
-
-
-def lives_there(value: Tensor, device: torch.device) -> bool:
+def lives_there(value: Tensor | float, device: torch.device) -> bool:
     """Whether a kernel has to read this number, since the host would have to wait for it."""
-    return value.device == device and device.type != "cpu"
+    return isinstance(value, Tensor) and value.device == device and device.type != "cpu"
 
 
 @triton.jit

@@ -14,7 +14,7 @@ constexpr int kThreads = 256;
 
 // one row of the tensor table; the Python side writes it as int64 [n, 10]
 struct Entry {
-  int64_t param, grad, mean, square, mask, numel, kind, active, rows, inner;
+  int64_t param, grad, mean, square, mask, kind, active, inner, rows, numel;
 };
 static_assert(sizeof(Entry) == 80, "the table is int64 [n, 10]");
 
@@ -22,16 +22,18 @@ struct Chunk {
   int64_t tensor, start;
 };
 
-struct Numbers {
-  const double *step, *lr, *scale;  // on the device, or null: then the value beside
-  double step_value, lr_value, scale_value, beta1, beta2, eps, weight_decay;
-};
-
 struct Adam {
   float rate_decay, beta1, rest1, beta2, rest2, eps, step_size, inverse_root, scale;
 };
 
-__device__ Adam constants(const Numbers& n) {
+struct Numbers {
+  const double *step, *lr, *scale;  // on the device, or null: then the value beside
+  double step_value, lr_value, scale_value, beta1, beta2, eps, weight_decay;
+  bool on_host;  // all three are values, so that the host could compute what a step needs
+  Adam ready;
+};
+
+__host__ __device__ inline Adam constants(const Numbers& n) {
   const double step = n.step ? *n.step : n.step_value, rate = n.lr ? *n.lr : n.lr_value;
   const double scale = n.scale ? *n.scale : n.scale_value;
   // 1 - beta is taken in double: in float32 it would be off by 5e-5 for 0.999
@@ -62,6 +64,18 @@ __device__ unsigned kept(const Entry& e, int64_t at, int count) {
     bits |= static_cast<unsigned>(keep) << i;
   }
   return bits;
+}
+
+// Whether the mask forbids all of [from, to): told for stretches of a few rows, where a block asks it once. An expert's
+// rows of A come by the thousand, and nothing of a frozen one is computed or loaded.
+__device__ bool frozen(const Entry& e, int64_t from, int64_t to) {
+  constexpr int64_t kFewRows = 8;
+  if (e.kind < 0 || (to - from) / e.inner >= kFewRows) return false;
+  const auto* mask = reinterpret_cast<const uint8_t*>(e.mask);
+  const int64_t last = (to - 1) / e.inner;
+  for (int64_t row = from / e.inner; row <= last; ++row)
+    if (mask[row % e.rows] != 0) return false;
+  return true;
 }
 
 // registers have no addresses: every index below is a constant once the loops are unrolled
@@ -96,12 +110,15 @@ __global__ void __launch_bounds__(kThreads) masked_adamw_kernel(const Entry* ent
                                                                 int64_t chunk_size, Numbers numbers) {
   const Chunk chunk = chunks[blockIdx.x];
   const Entry e = entries[chunk.tensor];
-  // one thread does the double precision of the whole block
-  __shared__ Adam shared;
-  if (threadIdx.x == 0) shared = constants(numbers);
-  __syncthreads();
-  const Adam a = shared;
   const int64_t end = min(chunk.start + chunk_size, e.numel);
+  if (frozen(e, chunk.start, end)) return;
+  // where numbers lie on the device, one thread does the double precision of the whole block
+  __shared__ Adam shared;
+  if (!numbers.on_host) {
+    if (threadIdx.x == 0) shared = constants(numbers);
+    __syncthreads();
+  }
+  const Adam a = numbers.on_host ? numbers.ready : shared;
   for (int64_t at = chunk.start + 4 * threadIdx.x; at < end; at += 4 * kThreads) {
     const int count = static_cast<int>(min(static_cast<int64_t>(4), end - at));
     const unsigned bits = kept(e, at, count);
@@ -169,8 +186,9 @@ void masked_adamw(Tensor entries, Tensor chunks, int64_t chunk_size, int64_t par
   need(chunk_size > 0 && chunk_size % 4 == 0, "chunk_size must be a multiple of 4");
   if (chunks.size(0) == 0) return;
   const OnDeviceOf device(entries);
-  const Numbers numbers{device_number(step), device_number(lr), device_number(scale), step_value, lr_value, scale_value,
-                        beta1, beta2, eps, weight_decay};
+  Numbers numbers{device_number(step), device_number(lr), device_number(scale), step_value, lr_value, scale_value,
+                  beta1, beta2, eps, weight_decay, !step && !lr && !scale, {}};
+  if (numbers.on_host) numbers.ready = constants(numbers);
   if (param_dtype == 0) launch_adamw<float, float>(entries, chunks, chunk_size, numbers);
   else if (param_dtype == 1 && wide_moments) launch_adamw<__nv_bfloat16, float>(entries, chunks, chunk_size, numbers);
   else if (param_dtype == 1) launch_adamw<__nv_bfloat16, __nv_bfloat16>(entries, chunks, chunk_size, numbers);

@@ -17,6 +17,10 @@ from mllmcl_kernels import Mask, MaskedAdamW, faults, lora_mix, lora_mix_routed,
 from mllmcl_kernels.op import REGISTRY
 from mllmcl_kernels.testing import excess
 
+from . import test_prepared
+
+#: the fixture
+how_steps_were_made = test_prepared.calls
 DEVICE = torch.device("cuda", torch.cuda.current_device())
 E, R = 8, 16
 RANKS = (R,) * E
@@ -174,6 +178,19 @@ def test_a_graph_of_an_optimizer_step():
     for ours, theirs in zip(graphed[0][0], eager[0][0], strict=True):
         assert torch.equal(ours, theirs)
     assert not torch.equal(eager[0][0][0], start[0])
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("options", [{}, {"max_norm": 0.1}, {"many": True}], ids=str)
+def test_prepared_steps_of_an_optimizer(options, backend: str, how_steps_were_made, monkeypatch):
+    """From the third step on tables are kept, and follow gradients that move; numbers of a clipped norm stay there."""
+    if isinstance(REGISTRY["masked_adamw_"].find(backend), str):
+        pytest.skip(REGISTRY["masked_adamw_"].find(backend))
+    monkeypatch.setenv("MLLMCL_BACKEND", backend)
+    run = test_prepared.Run(device=str(DEVICE), **options)
+    run.step(6)
+    assert how_steps_were_made == ["op", "op"] + 4 * ["prepared"]
+    test_prepared.assert_same(run, test_prepared.by_the_op(6, device=str(DEVICE), **options))
 
 
 # -- tiles, streams, sizes --------------------------------------------------------------------------------------------

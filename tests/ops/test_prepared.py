@@ -10,6 +10,8 @@ from mllmcl_kernels.op import REGISTRY, Op, Prepared
 
 OP = REGISTRY["masked_adamw_"]
 RANKS = (3, 4, 5)
+#: beside float32, where there are many dtypes
+OTHER = torch.bfloat16
 
 pytestmark = pytest.mark.skipif(isinstance(OP.find("cpp"), str), reason="no C++ library")
 
@@ -37,12 +39,13 @@ def calls(monkeypatch):
 class Run:
     """Three parameters with masks, one of them by columns, or `many` dtypes, that step along the same gradients."""
 
-    def __init__(self, many: bool = False, **options) -> None:
+    def __init__(self, many: bool = False, device: str = "cpu", **options) -> None:
         draws = torch.Generator().manual_seed(3)
-        dtypes = (torch.float32, torch.bfloat16 if many else torch.float32, torch.float32)
+        dtypes = (torch.float32, OTHER if many else torch.float32, torch.float32)
         values = [torch.randn(shape, generator=draws) for shape in ((12, 20), (20, 12), (7,))]
         values[1] = values[1].t().contiguous().t()
-        self.params = [torch.nn.Parameter(value.to(dtype)) for value, dtype in zip(values, dtypes, strict=True)]
+        pairs = zip(values, dtypes, strict=True)
+        self.params = [torch.nn.Parameter(value.to(device=device, dtype=dtype)) for value, dtype in pairs]
         self.optimizer = MaskedAdamW(self.params, **{"lr": 0.1, "weight_decay": 0.1, **options})
         self.optimizer.set_mask(self.params[0], Mask.experts([False, True, False], RANKS, 0))
         self.optimizer.set_mask(self.params[1], Mask.experts([True, False, True], RANKS, 1))

@@ -26,8 +26,12 @@ from mllmcl_kernels import masks
 from mllmcl_kernels.op import REGISTRY, Op
 from mllmcl_kernels.testing import excess, map_tensors, outputs_of, poisoned_empty, to_double
 
+from . import test_prepared
+
 pytest.importorskip("triton")
 INSIDE = os.environ.get("TRITON_INTERPRET", "0") == "1"
+#: the fixture
+how_steps_were_made = test_prepared.calls
 inside = pytest.mark.skipif(not INSIDE, reason="runs in the child process that interprets")
 CPU = torch.device("cpu")
 GUARD = 64
@@ -706,6 +710,29 @@ def test_numbers_that_live_on_the_device():
                 op(*call, backend="triton")
 
         check(op, tuple(args), run)
+
+
+@inside
+@pytest.mark.parametrize(
+    "options", [{}, {"max_norm": 0.1}, {"lr": torch.tensor(0.01)}, {"many": True}, {"state_dtype": torch.float16}]
+)
+def test_prepared_steps_of_the_optimizer(options, how_steps_were_made, monkeypatch):
+    """From the third step on the table is kept, whether gradients stay or move."""
+    monkeypatch.setenv("MLLMCL_BACKEND", "triton")
+    if options.get("many"):
+        monkeypatch.setattr(test_prepared, "OTHER", torch.float16)
+    run = test_prepared.Run(**options)
+    run.step(6)
+    assert how_steps_were_made == ["op", "op"] + 4 * ["prepared"]
+    other = test_prepared.by_the_op(6, **options)
+    test_prepared.assert_same(run, other)
+
+
+@inside
+@pytest.mark.parametrize("change", ["_elsewhere", "_by_rows", "_moment_elsewhere", "_mask_lifted"])
+def test_prepared_steps_see_what_moved(change: str, how_steps_were_made, monkeypatch):
+    monkeypatch.setenv("MLLMCL_BACKEND", "triton")
+    test_prepared.test_what_moved_is_seen(getattr(test_prepared, change), how_steps_were_made)
 
 
 @inside

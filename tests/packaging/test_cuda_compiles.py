@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from mllmcl_kernels import Mask
-from mllmcl_kernels.cuda_tables import CHUNK, chunk_starts, entry
+from mllmcl_kernels.cuda_launch import CHUNK
+from mllmcl_kernels.device_tables import chunk_starts, table_rows
 from mllmcl_kernels.library import FOLDER
 from mllmcl_kernels.masks import flatten_masks
 
@@ -46,7 +47,7 @@ def test_the_library_needs_libtorch():
 @pytest.mark.parametrize("sizes", [(), (0,), (1,), (CHUNK,), (CHUNK + 1, 0, 3 * CHUNK - 7, 5)], ids=str)
 def test_chunks_cover_every_number_once(sizes):
     seen = [torch.zeros(size, dtype=torch.int64) for size in sizes]
-    for tensor, start in chunk_starts(sizes):
+    for tensor, start in chunk_starts(sizes, CHUNK).tolist():
         seen[tensor][start : start + CHUNK] += 1
     assert all(bool((counts == 1).all()) for counts in seen)
 
@@ -56,7 +57,8 @@ def test_an_entry_finds_the_row_of_every_number(dim):
     """The kernel's index arithmetic, in Python, against the mask as torch broadcasts it."""
     tensor = torch.zeros(3, 4, 5)
     mask = Mask.rows(torch.rand(tensor.shape[dim]) < 0.5, dim)
-    (flat,), (kind,), (active,) = flatten_masks("test", [tensor], [mask])
-    *_, numel, kind, _, rows, inner = entry(tensor, (0, 0, 0, 0), flat, kind, active)
+    masks = flatten_masks("test", [tensor], [mask])
+    ((*_, inner, rows, numel),) = table_rows([[tensor]], *masks)
+    ((flat,), *_) = masks
     kept = torch.tensor([bool(flat[at // inner % rows]) for at in range(numel)]).view(tensor.shape)
     assert torch.equal(kept, mask.expand(tensor.shape).expand(tensor.shape))

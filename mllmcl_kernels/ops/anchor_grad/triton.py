@@ -6,7 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ...triton_tools import chunk_mask, chunk_of, chunk_table, dtypes_reason, launch, lives_there, masked_by_dtypes
+from ...device_tables import chunk_table, masked_by_dtypes
+from ...triton_tools import CHUNK, chunk_constants, chunk_mask, chunk_of, dtypes_reason, launch, lives_there
 from . import anchor_grad_op
 
 __all__: list[str] = []
@@ -47,8 +48,8 @@ def anchor_grad_triton(grads, params, anchors, importances, masks, kinds, active
     there = lives_there(strength, grads[0].device)
     value = 0.0 if there else float(strength)
     for flat, columns in masked_by_dtypes((grads, params, anchors, importances), (0,), masks, kinds, actives):
-        table = chunk_table(flat, *columns)
+        table = chunk_table(flat, *columns, CHUNK)
         launch(
             _anchor_grad_kernel, (len(table.chunks),), *(tensors[0] for tensors in flat), table.rows, table.chunks,
-            strength if there else table.rows, value, THERE=there, **table.constants, BLOCK=BLOCK, warps=4,
+            strength if there else table.rows, value, THERE=there, **chunk_constants(table), BLOCK=BLOCK, warps=4,
         )  # fmt: skip

@@ -14,17 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...device_tables import device_tables, is_wide, masked_by_dtypes, table_rows
 from ...layouts import slices
 from ...masks import ELEMENTS, NONE
 from ...triton_tools import (
     CHUNK,
     chunk_mask,
-    device_tables,
     dtypes_reason,
-    is_wide,
     launch,
-    masked_by_dtypes,
-    table_rows,
 )
 from . import ema_update_op
 from .reference import CONSTANT, DEMA, PEMA

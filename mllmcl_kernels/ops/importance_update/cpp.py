@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.library import Library
 
 from ...checks import dtypes_in
-from ...cpu_tables import addresses, list_reason, list_table, number_table
-from ...layouts import lie_alike
+from ...cpu_tables import list_reason, list_table, number_table
+from ...layouts import addresses, lie_alike
 from . import importance_update_op
 
 __all__: list[str] = []

@@ -6,7 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ...triton_tools import chunk_mask, chunk_of, chunk_table, dtypes_reason, launch, lives_there, masked_by_dtypes
+from ...device_tables import chunk_table, masked_by_dtypes
+from ...triton_tools import CHUNK, chunk_constants, chunk_mask, chunk_of, dtypes_reason, launch, lives_there
 from . import importance_update_op
 
 __all__: list[str] = []
@@ -59,9 +60,9 @@ def importance_update_triton(
     share = 0.0 if there else 1.0 / float(count)
     lists = (importances, grads, owners) if owners else (importances, grads)
     for flat, columns in masked_by_dtypes(lists, (0, 2) if owners else (0,), masks, kinds, actives):
-        table = chunk_table(flat, *columns)
+        table = chunk_table(flat, *columns, CHUNK)
         launch(
             _importance_update_kernel, (len(table.chunks),), flat[0][0], flat[1][0], table.rows, table.chunks,
             count if there else table.rows, share, task, POWER=power, LARGER=larger, OWNED=bool(owners), THERE=there,
-            **table.constants, BLOCK=BLOCK, warps=4,
+            **chunk_constants(table), BLOCK=BLOCK, warps=4,
         )  # fmt: skip

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch.library import Library
 
-from ...cuda_tables import CHUNK, DTYPE_CODE, entry, tables
-from ...layouts import laid_masks, lie_alike
+from ...cuda_launch import CHUNK, DTYPE_CODE
+from ...device_tables import chunk_table, masked_by_dtypes
+from ...layouts import lie_alike
 from ...masks import NONE
 from . import mask_grads_op
 
@@ -25,13 +26,9 @@ def _supports(grads, *_rest) -> str | None:
 
 @mask_grads_op.provider("cuda", supports=_supports)
 def mask_grads_cuda(grads, masks, kinds, actives):
-    # held until the launch is queued: a copy must not be freed before
-    masks = laid_masks(grads, masks, kinds)
-    by_dtype: dict[torch.dtype, list[tuple[int, ...]]] = {}
-    for grad, mask, kind, active in zip(grads, masks, kinds, actives, strict=True):
-        if kind != NONE:
-            pointers = (0, grad.data_ptr(), 0, 0)
-            by_dtype.setdefault(grad.dtype, []).append(entry(grad, pointers, mask, kind, active))
-    for dtype, entries in by_dtype.items():
-        table = tables(tuple(entries), grads[0].device)
-        torch.ops.mllmcl_cuda.mask_grads(*table, CHUNK, DTYPE_CODE[dtype])
+    masked = [place for place, kind in enumerate(kinds) if kind != NONE]
+    chosen, *flags = ([values[place] for place in masked] for values in (grads, masks, kinds, actives))
+    for (flat,), columns in masked_by_dtypes([chosen], (), *flags):
+        # the kernel's rows are AdamW's, of which it reads the gradient's address
+        table = chunk_table([flat] * 4, *columns, CHUNK)
+        torch.ops.mllmcl_cuda.mask_grads(table.rows, table.chunks, CHUNK, DTYPE_CODE[flat[0].dtype])

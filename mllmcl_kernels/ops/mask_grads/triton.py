@@ -5,8 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ...device_tables import chunk_table, masked_by_dtypes
 from ...masks import NONE
-from ...triton_tools import chunk_mask, chunk_of, chunk_table, dtype_reason, launch, masked_by_dtypes
+from ...triton_tools import CHUNK, chunk_constants, chunk_mask, chunk_of, dtype_reason, launch
 from . import mask_grads_op
 
 __all__: list[str] = []
@@ -39,8 +40,8 @@ def mask_grads_triton(grads, masks, kinds, actives):
     masked = [index for index, kind in enumerate(kinds) if kind != NONE]
     chosen, *flags = ([column[index] for index in masked] for column in (grads, masks, kinds, actives))
     for flat, columns in masked_by_dtypes([chosen], (0,), *flags):
-        table = chunk_table(flat, *columns)
+        table = chunk_table(flat, *columns, CHUNK)
         launch(
             _mask_grads_kernel, (len(table.chunks),), flat[0][0], table.rows, table.chunks,
-            **table.constants, BLOCK=BLOCK, warps=4,
+            **chunk_constants(table), BLOCK=BLOCK, warps=4,
         )  # fmt: skip

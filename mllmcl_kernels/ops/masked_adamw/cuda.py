@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.library import Library
 
-from ...cuda_tables import CHUNK, DTYPE_CODE, entry, tables
-from ...layouts import laid_like, laid_masks, lie_alike
+from ...cuda_launch import CHUNK, DTYPE_CODE
+from ...device_tables import ChunkTable, KeptTables, chunk_table, masked_by_dtypes
+from ...layouts import lie_alike
 from . import masked_adamw_op
 
 __all__: list[str] = []
@@ -30,26 +33,41 @@ def _supports(params, grads, exp_avgs, exp_avg_sqs, masks, *_rest) -> str | None
     return None if alike else "parameters and moments must lie in memory alike and without gaps"
 
 
-def _number(value: Tensor) -> tuple[Tensor | None, float]:
+def _number(value: Tensor | float) -> tuple[Tensor | None, float]:
     """A number on the device stays there; one on the host is passed by value."""
-    if value.device.type == "cpu":
+    if not isinstance(value, Tensor) or value.device.type == "cpu":
         return None, float(value)
     return value.to(torch.float64), 0.0
 
 
-@masked_adamw_op.provider("cuda", supports=_supports)
-def masked_adamw_cuda(
-    params, grads, exp_avgs, exp_avg_sqs, masks, kinds, actives, step, lr, grad_scale, beta1, beta2, eps, weight_decay
-):  # fmt: skip
-    # held until the launch is queued: a copy must not be freed before
-    grads, masks = laid_like(params, grads), laid_masks(params, masks, kinds)
-    by_dtype: dict[tuple[torch.dtype, torch.dtype], list[tuple[int, ...]]] = {}
-    for p, g, m, v, mask, kind, active in zip(params, grads, exp_avgs, exp_avg_sqs, masks, kinds, actives, strict=True):
-        pointers = (p.data_ptr(), g.data_ptr(), m.data_ptr(), v.data_ptr())
-        by_dtype.setdefault((p.dtype, m.dtype), []).append(entry(p, pointers, mask, kind, active))
-    numbers = [_number(value) for value in (step, lr, grad_scale)]
-    for (dtype, moments), entries in by_dtype.items():
-        torch.ops.mllmcl_cuda.masked_adamw(
-            *tables(tuple(entries), params[0].device), CHUNK, DTYPE_CODE[dtype], moments == torch.float32,
-            *(tensor for tensor, _ in numbers), *(value for _, value in numbers), beta1, beta2, eps, weight_decay,
-        )  # fmt: skip
+def _launch(table: ChunkTable, param: Tensor, moment: Tensor, numbers: Sequence, options: Sequence[float]) -> None:
+    """One launch over tensors of these dtypes; numbers are step, lr and grad_scale, options the rest."""
+    there, values = zip(*map(_number, numbers), strict=True)
+    torch.ops.mllmcl_cuda.masked_adamw(
+        table.rows, table.chunks, CHUNK, DTYPE_CODE[param.dtype], moment.dtype == torch.float32, *there, *values,
+        *options,
+    )  # fmt: skip
+
+
+class _Prepared:
+    """Further steps over the same parameters and moments."""
+
+    def __init__(self, params, grads, exp_avgs, exp_avg_sqs, masks, kinds, actives, *_rest) -> None:
+        self.tables = KeptTables((params, grads, exp_avgs, exp_avg_sqs), 1, masks, kinds, actives, CHUNK)
+        self.params, self.exp_avgs = params, exp_avgs
+
+    def __call__(self, read: Sequence[Sequence[Tensor]], step, lr, grad_scale, *options: float) -> bool:
+        if not self.tables.renew(*read):
+            return False
+        for kept in self.tables.kept:
+            first = kept.places[0]
+            _launch(kept.table, self.params[first], self.exp_avgs[first], (step, lr, grad_scale), options)
+        return True
+
+
+@masked_adamw_op.provider("cuda", supports=_supports, prepare=_Prepared)
+def masked_adamw_cuda(params, grads, exp_avgs, exp_avg_sqs, masks, kinds, actives, step, lr, grad_scale, *options):
+    # what is laid anew is held until the launch is queued: a copy must not be freed before
+    for flat, columns in masked_by_dtypes((params, grads, exp_avgs, exp_avg_sqs), (), masks, kinds, actives):
+        table = chunk_table(flat, *columns, CHUNK)
+        _launch(table, flat[0][0], flat[2][0], (step, lr, grad_scale), options)

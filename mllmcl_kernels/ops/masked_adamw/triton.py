@@ -7,13 +7,15 @@ where they live there, and passed by value where they live on the CPU.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...triton_tools import chunk_mask, chunk_of, chunk_table, dtypes_reason, launch, lives_there, masked_by_dtypes
+from ...device_tables import ChunkTable, KeptTables, chunk_table, masked_by_dtypes
+from ...triton_tools import CHUNK, chunk_constants, chunk_mask, chunk_of, dtypes_reason, launch, lives_there
 from . import masked_adamw_op
 
 __all__: list[str] = []
@@ -70,8 +72,8 @@ def _logarithm(beta: float) -> float:
     return math.log(beta) if beta > 0.0 else -1e4
 
 
-def _numbers(step: Tensor, lr: Tensor, grad_scale: Tensor, beta1: float, beta2: float, device: torch.device) -> dict:
-    """Which of the three live on the device, and the values of the others."""
+def _numbers(step, lr, grad_scale, beta1: float, beta2: float, device: torch.device) -> dict:
+    """Which of the three, tensors or plain numbers, live on the device, and the values of the others."""
     there = [lives_there(value, device) for value in (step, lr, grad_scale)]
     count = 1.0 if there[0] else float(step)
     return {
@@ -85,24 +87,46 @@ def _numbers(step: Tensor, lr: Tensor, grad_scale: Tensor, beta1: float, beta2: 
     }
 
 
-@masked_adamw_op.provider("triton", supports=_supports)
+def _launch(
+    like: Sequence[Tensor], table: ChunkTable, numbers: Sequence[Tensor | float], options: Sequence[float]
+) -> None:
+    """One launch; `like` are tensors of the dtypes, numbers are step, lr and grad_scale, options the rest."""
+    beta1, beta2, eps, weight_decay = options
+    known = _numbers(*numbers, beta1, beta2, table.rows.device)
+    pointers = [value if there else table.rows for value, there in zip(numbers, known["there"], strict=True)]
+    launch(
+        _masked_adamw_kernel, (len(table.chunks),), *like, table.rows, table.chunks, *pointers, *known["values"],
+        beta1, beta2, 1.0 - beta1, 1.0 - beta2, eps, weight_decay,
+        LOG_BETA1=_logarithm(beta1), LOG_BETA2=_logarithm(beta2),
+        STEP_THERE=known["there"][0], LR_THERE=known["there"][1], SCALE_THERE=known["there"][2],
+        **chunk_constants(table), BLOCK=BLOCK, warps=4,
+    )  # fmt: skip
+
+
+class _Prepared:
+    """Further steps over the same parameters and moments."""
+
+    def __init__(self, params, grads, exp_avgs, exp_avg_sqs, masks, kinds, actives, *_rest) -> None:
+        self.tables = KeptTables((params, grads, exp_avgs, exp_avg_sqs), 1, masks, kinds, actives, CHUNK)
+        self.staying = params, exp_avgs, exp_avg_sqs
+
+    def __call__(self, read: Sequence[Sequence[Tensor]], step, lr, grad_scale, *options: float) -> bool:
+        (grads,), (params, means, squares) = read, self.staying
+        if not self.tables.renew(grads):
+            return False
+        for kept in self.tables.kept:
+            first = kept.places[0]
+            like = params[first], grads[first], means[first], squares[first]
+            _launch(like, kept.table, (step, lr, grad_scale), options)
+        return True
+
+
+@masked_adamw_op.provider("triton", supports=_supports, prepare=_Prepared)
 def masked_adamw_triton(
-    params, grads, exp_avgs, exp_avg_sqs, masks, kinds, actives, step, lr, grad_scale, beta1, beta2, eps, weight_decay
+    params, grads, exp_avgs, exp_avg_sqs, masks, kinds, actives, step, lr, grad_scale, *options
 ):  # fmt: skip
     """One launch for each combination of dtypes; no host wait for numbers that live on the device."""
     lists = (params, grads, exp_avgs, exp_avg_sqs)
-    numbers = _numbers(step, lr, grad_scale, beta1, beta2, params[0].device)
     for flat, columns in masked_by_dtypes(lists, (0, 2, 3), masks, kinds, actives):
-        table = chunk_table(flat, *columns)
-        pointers = [
-            value if there else table.rows
-            for value, there in zip((step, lr, grad_scale), numbers["there"], strict=True)
-        ]
-        launch(
-            _masked_adamw_kernel, (len(table.chunks),),
-            *(tensors[0] for tensors in flat), table.rows, table.chunks, *pointers, *numbers["values"],
-            beta1, beta2, 1.0 - beta1, 1.0 - beta2, eps, weight_decay,
-            LOG_BETA1=_logarithm(beta1), LOG_BETA2=_logarithm(beta2),
-            STEP_THERE=numbers["there"][0], LR_THERE=numbers["there"][1], SCALE_THERE=numbers["there"][2],
-            **table.constants, BLOCK=BLOCK, warps=4,
-        )  # fmt: skip
+        table = chunk_table(flat, *columns, CHUNK)
+        _launch([tensors[0] for tensors in flat], table, (step, lr, grad_scale), options)

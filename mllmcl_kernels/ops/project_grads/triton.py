@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ...triton_tools import GroupedProducts, by_dtypes, dtypes_reason, grouped_product, laid_out
+from ...device_tables import by_dtypes
+from ...triton_tools import GroupedProducts, dtypes_reason, grouped_product, laid_out
 from . import project_grads_op
 
 __all__: list[str] = []
