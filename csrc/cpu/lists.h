@@ -13,8 +13,9 @@ namespace {
 
 // how a mask is read; 0 or more is the dimension whose slices it selects
 constexpr int64_t kNone = -3, kElements = -2, kOwner = -1;
-constexpr int64_t kChunk = 32768;  // numbers of one unit of work
-constexpr int64_t kTile = 1024;    // numbers converted at a time where they are not float32
+constexpr int64_t kChunk = 32768;     // numbers of one unit of work that a mask of rows cuts out
+constexpr int64_t kStretch = 131072;  // the same where all lie one behind the other: streams begin anew less often
+constexpr int64_t kTile = 1024;       // numbers converted at a time where they are not float32
 
 // Consecutive slices that may change, within dimension `n` of a tensor seen as [outer, n, inner].
 struct Plan {
@@ -58,13 +59,13 @@ struct Unit {
   int64_t tensor, from, to;
 };
 
-// Units of one tensor that hold about kChunk numbers that may change, and begin with such a number where the mask is
+// Units of one tensor that hold about as many numbers that may change, and begin with such a number where the mask is
 // one of rows and its blocks are large: what is frozen costs no unit.
 inline void add_units(int64_t tensor, const Plan& plan, std::vector<Unit>& found) {
   const auto cut = [&](int64_t step) {
     for (int64_t at = 0; at < plan.total; at += step) found.push_back({tensor, at, std::min(at + step, plan.total)});
   };
-  if (plan.kind < 0) return cut(kChunk);
+  if (plan.kind < 0) return cut(kStretch);
   int64_t rows = 0;
   for (const auto& run : plan.runs) rows += run.second - run.first;
   const int64_t block = plan.n * plan.inner, active = rows * plan.inner;

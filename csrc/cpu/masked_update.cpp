@@ -30,7 +30,7 @@ MLLMCL_INLINE void adam_piece(float* __restrict__ p, float* __restrict__ m, floa
 }
 
 // How far ahead of a stretch the caches are told: four streams at once are more than the hardware follows by itself.
-constexpr int64_t kFar = 512;
+constexpr int64_t kFar = 256;
 constexpr int64_t kLine = 16;  // numbers of a line of the caches
 
 MLLMCL_INLINE void fetch(const float* p, const float* m, const float* v, const float* g, int64_t at) {
