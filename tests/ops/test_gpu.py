@@ -199,7 +199,7 @@ def test_prepared_steps_of_an_optimizer(options, backend: str, how_steps_were_ma
 @contextlib.contextmanager
 def picking(place: int):
     """The candidate at `place`, of each kernel that has so many."""
-    from mllmcl_kernels import triton_expand
+    from mllmcl_kernels import triton_expand, triton_few
     from mllmcl_kernels.ops.lora_mix import triton as mix
     from mllmcl_kernels.ops.lora_mix_routed import triton as routed
     from mllmcl_kernels.ops.route import triton as router
@@ -208,14 +208,14 @@ def picking(place: int):
         return candidates[place % len(candidates)]
 
     with contextlib.ExitStack() as stack:
-        for module in (triton_expand, mix, routed, router):
+        for module in (triton_expand, triton_few, mix, routed, router):
             stack.enter_context(mock.patch.object(module, "pick_tile", pick))
         yield
 
 
 @needs_triton
-@pytest.mark.parametrize("place", range(5))
-@pytest.mark.parametrize("tokens", [33, 700, 4096])
+@pytest.mark.parametrize("place", range(6))
+@pytest.mark.parametrize("tokens", [1, 33, 700, 4096])
 def test_whatever_tuning_chooses_is_right(tokens: int, place: int):
     given, gates = layer(tokens, 1024, 768), torch.rand(tokens, E, device=DEVICE)
     with picking(place):

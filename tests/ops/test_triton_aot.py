@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
-from mllmcl_kernels import triton_expand, triton_grouped, triton_tools, tuning  # noqa: E402
+from mllmcl_kernels import triton_expand, triton_few, triton_grouped, triton_tools, tuning  # noqa: E402
 from mllmcl_kernels.masks import ELEMENTS, NONE  # noqa: E402
 from mllmcl_kernels.ops.anchor_grad import triton as anchor_grad  # noqa: E402
 from mllmcl_kernels.ops.distillation_loss import triton as distillation_loss  # noqa: E402
@@ -132,6 +132,24 @@ def mix_calls(dtype: torch.dtype, tokens: int, rank: int, experts: int, dropout:
         lora_mix_routed.lora_mix_routed_triton(*layer, *options, *experts_of)
 
 
+def few_calls(dtype: torch.dtype, tokens: int, rank: int, experts: int, width: int = 4096) -> None:
+    """A forward of few tokens in two launches, with every tile it may take."""
+    x, weight, total = empty(tokens, width, dtype=dtype), empty(width, width, dtype=dtype), rank * experts
+    lora_a, b_rows = empty(total, width, dtype=dtype), empty(total, width, dtype=dtype)
+    experts_of = ([rank] * experts, [1.0] * experts, [True] * experts, 0.0)
+    tiles = triton_few.FEW_TILES[16 if tokens <= 16 else 64]
+    for place in range(len(tiles)):
+        with (
+            mock.patch.object(lora_mix, "launch_counts", lambda *_: (triton_few.Launches(2),)),
+            mock.patch.object(triton_few, "pick_tile", lambda key, found, *_, place=place: found[place]),
+        ):
+            soft, ids = empty(tokens, experts, dtype=torch.float32), empty(tokens, dtype=torch.int64)
+            for gates, lora_b in ((soft, b_rows.t()), (ids, b_rows.view(width, total)), (None, b_rows.t()))[
+                : 3 - place
+            ]:
+                lora_mix.lora_mix_triton(x, weight, x[0], lora_a, lora_b, gates, None, *experts_of)
+
+
 def grouped_mix_calls(dtype: torch.dtype, rank: int, experts: int, dropout: float, width: int = 4096) -> None:
     """Tokens grouped by the experts they chose, for top-k and for ids, B by rows and by columns."""
     tokens, total = 4096, rank * experts
@@ -142,15 +160,15 @@ def grouped_mix_calls(dtype: torch.dtype, rank: int, experts: int, dropout: floa
     router, experts_of = empty(experts, width, dtype=dtype), ([rank] * experts, [1.0] * experts, [True] * experts)
     for tile in range(len(triton_grouped.RANK_TILES)):
         chosen = mock.patch.object(lora_mix, "groupings", lambda *_, tile=tile: (triton_grouped.Grouping(tile),))
-        for lora_b in (b_rows.t(), b_rows.view(width, total)):
-            with chosen:
-                lora_mix.lora_mix_triton(x, weight, None, lora_a, lora_b, ids, seed, *experts_of, dropout)
-                backward = (x, x, weight, lora_a, lora_b, ids, seed, s, *experts_of, dropout, [True] * 5 + [False])
-                lora_mix.lora_mix_backward_triton(*backward)
-                grads = gates, empty(tokens, 2, dtype=torch.float32), gates, gates
-                saved = (x, weight, lora_a, lora_b, router, seed, s, gates, best, gates)
-                options = ("softmax", 1.0, True, False, *experts_of, dropout, [True] * 7)
-                lora_mix_routed.lora_mix_routed_backward_triton(x, *grads, *saved, *options)
+        grads = gates, empty(tokens, 2, dtype=torch.float32), gates, gates
+        options = ("softmax", 1.0, True, False, *experts_of, dropout, [True] * 7)
+        with chosen:
+            columns, rows = b_rows.t(), b_rows.view(width, total)
+            lora_mix.lora_mix_triton(x, weight, None, lora_a, columns, ids, seed, *experts_of, dropout)
+            backward = (x, x, weight, lora_a, columns, ids, seed, s, *experts_of, dropout, [True] * 5 + [False])
+            lora_mix.lora_mix_backward_triton(*backward)
+            saved = (x, weight, lora_a, rows, router, seed, s, gates, best, gates)
+            lora_mix_routed.lora_mix_routed_backward_triton(x, *grads, *saved, *options)
 
 
 def route_calls(dtype: torch.dtype, tokens: int, experts: int, top_k: int, score: str, width: int = 4096) -> None:
@@ -230,6 +248,8 @@ def launches(dtype: torch.dtype, architecture: int) -> list[Launch]:
         mix_calls(dtype, 16384, rank=16, experts=8, dropout=0.0)
         mix_calls(dtype, 16384, rank=16, experts=4, dropout=0.0)
         if dtype != torch.float32:
+            few_calls(dtype, 1, 16, 8)
+            few_calls(dtype, 64, 16, 8)
             grouped_mix_calls(dtype, 64, 16, 0.0)
             grouped_mix_calls(dtype, 16, 24, 0.1)
         grouped_calls(dtype, rank=16)

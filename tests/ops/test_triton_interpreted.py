@@ -427,6 +427,83 @@ def test_what_can_add_a_product():
     assert str(candidates(4096, 8192, 128, torch.bfloat16, False)[-1]) == kernels[0]
 
 
+# -- few tokens -------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def in_two_launches() -> Iterator[list[str]]:
+    """Every forward runs the kernels for few tokens; collects the kernels' names."""
+    from mllmcl_kernels import triton_few, triton_tools
+    from mllmcl_kernels.ops.lora_mix import triton as mix
+
+    names = []
+    start = triton_tools.start
+
+    def noting(kernel, *call):
+        names.append(kernel.fn.__name__)
+        start(kernel, *call)
+
+    with (
+        mock.patch.object(mix, "launch_counts", lambda *_: (triton_few.Launches(2),)),
+        mock.patch.object(triton_tools, "start", noting),
+    ):
+        yield names
+
+
+FEW_GATES = {
+    "none": lambda tokens: None,
+    "soft": lambda tokens: torch.randn(tokens, 3, generator=torch.Generator().manual_seed(1)),
+    "constant": lambda tokens: torch.tensor([[0.5, -1.0, 0.0]]),
+    "ids": lambda tokens: torch.arange(tokens) % 4 - 1,
+}
+
+
+@inside
+@pytest.mark.parametrize("gates", list(FEW_GATES))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("tokens", [0, 1, 5, 70])
+def test_few_tokens_in_two_launches(tokens: int, dtype, gates: str):
+    """y and s, B by rows and by columns, with one plane of s and with several, ranks over one block."""
+    dropout = 0.3 if tokens == 5 and gates == "soft" else 0.0
+    for width, ranks in ((2100, [5, 0, 9]), (72, [40, 16, 50])):
+        x, weight, bias, a, b, *rest = layer_args(tokens, width, 70, ranks, FEW_GATES[gates](tokens), dtype, dropout)
+        wide = torch.cat((x, x), 1)
+        for args in ((x, weight, bias, a, b, *rest), (wide[:, :width], weight, None, a, b.t().contiguous().t(), *rest)):
+            with in_two_launches() as names:
+                check(REGISTRY["lora_mix"], args)
+            assert names == ["_lora_mix_shrink_kernel", "_few_tokens_kernel"][: 2 * tokens]
+
+
+@inside
+def test_every_address_of_few_tokens_lies_in_a_tensor():
+    args = layer_args(5, 72, 70, [5, 0, 9], torch.tensor([1 << 40, 2, -1, 0, -(1 << 40)]))
+    with in_two_launches() as names, watched_addresses(args) as strays:
+        REGISTRY["lora_mix"](*args, backend="triton")
+    assert len(names) == 2 and not strays
+
+
+@inside
+def test_an_id_out_of_range_of_few_tokens_raises_the_flag(monkeypatch):
+    from mllmcl_kernels import faults
+
+    args = layer_args(5, 72, 70, [5, 0, 9], torch.tensor([0, 3, -1, 0, 2]))
+    monkeypatch.setattr(faults, "_watches", {})
+    with in_two_launches():
+        REGISTRY["lora_mix"](*args, backend="triton")
+    with pytest.raises(ValueError, match=r"lora_mix: gates must be ids in -1\.\.2; .* position 1 was not"):
+        faults.raise_faults()
+
+
+@inside
+def test_when_few_tokens_take_two_launches():
+    """Never before they were found to be quicker."""
+    from mllmcl_kernels.triton_few import launch_counts
+
+    assert [way.number for way in launch_counts(64, torch.bfloat16)] == [4, 2]
+    assert [way.number for way in launch_counts(65, torch.bfloat16)] == [4]
+    assert [way.number for way in launch_counts(1, torch.float32)] == [4]
+
+
 # -- tokens grouped by the experts they chose -------------------------------------------------------------------------
 
 
@@ -518,16 +595,15 @@ def test_best_experts_in_groups(score, renormalize, ranks, dropout, masked, dtyp
     y, s, gates, indices, values, logits, probs = op.reference(*args)
     gradients = [torch.randn(out.shape, generator=generator).to(out.dtype) for out in (y, gates, values, logits, probs)]
     saved = (x, weight, a, b, router, seed, s, gates, indices, probs)
-    for needs in (
-        [True] * 7,
-        [False, True, False, False, True, False, True],
-        [True, False, False, True, False, True, False],
-    ):
-        back = (*gradients, *saved, score, 0.8, renormalize, False, ranks, scaling, trainable, dropout, needs)
-        with grouped(tile) as pairs:
-            check(op, args, but=(1,))
-            check(backward, back)
-        assert len(pairs) == 2 and None not in pairs
+    some = [True, False, False, True, False, True, False]
+    with grouped(tile) as pairs:
+        check(op, args, but=(1,))
+        for needs in ([True] * 7, some, [not need for need in some])[: 3 if tile else 1]:
+            check(
+                backward,
+                (*gradients, *saved, score, 0.8, renormalize, False, ranks, scaling, trainable, dropout, needs),
+            )
+    assert len(pairs) == (4 if tile else 2) and None not in pairs
 
 
 @inside
@@ -810,13 +886,14 @@ def test_kernels_run_with_the_tiles_that_tune_found(monkeypatch, tmp_path):
     grads, by_default = traced()
     winners = tune(lambda: step("triton"), timer=lambda run: (run(), next(ticks))[1])
     kernels = {key.split()[0] for key in winners}
-    assert {"lora_mix_shrink", "lora_mix_routed_shrink"} <= kernels
+    assert {"lora_mix_shrink", "lora_mix_launches", "few_tokens_product", "lora_mix_routed_shrink"} <= kernels
     tuned_grads, by_winners = traced()
     assert by_winners != by_default
-    # by this clock the last candidate is the quickest: torch's product, and router and ranks one after the other
+    # by this clock the last candidate is the quickest: two launches for few tokens, torch's product in the backward,
+    # router and ranks one after the other
     names = {name for name, *_ in by_winners}
-    assert {"_lora_mix_gate_kernel", "_lora_mix_bwd_gate_kernel", "_route_fwd_kernel"} <= names
-    assert not names & {"_lora_mix_shrink_kernel", "_lora_mix_bwd_rank_kernel", "_lora_mix_routed_shrink_kernel"}
+    assert {"_few_tokens_kernel", "_lora_mix_bwd_gate_kernel", "_route_fwd_kernel"} <= names
+    assert not names & {"_lora_mix_gate_kernel", "_lora_mix_bwd_rank_kernel", "_lora_mix_routed_shrink_kernel"}
     tuning.forget()
     assert traced()[1] == by_winners
     for ours, first, truth in zip(tuned_grads, grads, step("reference"), strict=True):

@@ -20,6 +20,7 @@ from torch import Tensor
 from ...dropout import threshold
 from ...layouts import by_columns
 from ...triton_expand import add_product
+from ...triton_few import Launches, few_tokens_product, launch_counts
 from ...triton_grouped import (
     Choice,
     Grouping,
@@ -106,10 +107,10 @@ def _lora_mix_shrink_kernel(
     x_ptr, a_ptr, s_ptr, mixed_ptr, planes_ptr, gates_ptr, owner_ptr, scale_ptr, seed_ptr, flag_ptr,
     T, K, R, run, num_experts, stride_xt, stride_xk, stride_ar, stride_ak,
     KIND: tl.constexpr, DROPS: tl.constexpr, THRESHOLD: tl.constexpr, KEEP_SCALE: tl.constexpr,
-    SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, PLANES: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """s = drop(x) A^T and s * G, or with SPLIT > 1 the float32 plane of one split."""
+    """s = drop(x) A^T and s * G, or with PLANES the float32 plane of one split."""
     rows, cols = rows_and_ranks(T, R, BLOCK_T, BLOCK_R)
     split = tl.program_id(1)
     acc = rank_product(
@@ -120,7 +121,7 @@ def _lora_mix_shrink_kernel(
     row_mask, col_mask = rows < T, cols < R
     inside = row_mask[:, None] & col_mask[None, :]
     places = rows[:, None] * R + cols[None, :]
-    if SPLIT > 1:
+    if PLANES:
         tl.store(planes_ptr + split.to(tl.int64) * T * R + places, acc, mask=inside)
     else:
         if KIND == _IDS:
@@ -315,6 +316,14 @@ def shrink(
 TORCH = Tile(0, 0, 0, 0, 0)
 
 
+def _split(programs: int, width: int, like: Tensor) -> int:
+    """Parts of a contraction over `width`, a power of two, where so many programs leave processors idle."""
+    split = 1
+    while 2 * split * programs <= num_processors(like.device) and width // (2 * split) >= TILES.least_split:
+        split *= 2
+    return split
+
+
 def _rank_launch(name: str, tokens: int, width: int, rank: int, like: Tensor, run, dropout: float = 0.0) -> None:
     """Run `run(tile, n, split)` with the tile for this size; splits where the tokens alone leave processors idle."""
 
@@ -322,11 +331,7 @@ def _rank_launch(name: str, tokens: int, width: int, rank: int, like: Tensor, ru
         if tile == TORCH:
             return run(tile, 0, 0)
         n = min(tile.n, power_of_two(rank))
-        programs = ceil_div(tokens, tile.m) * ceil_div(rank, n)
-        split = 1
-        while 2 * split * programs <= num_processors(like.device) and width // (2 * split) >= TILES.least_split:
-            split *= 2
-        return run(tile, n, split)
+        return run(tile, n, _split(ceil_div(tokens, tile.m) * ceil_div(rank, n), width, like))
 
     key = (name, bucket(tokens), width, rank, dropout > 0.0, like.dtype)
     choices = TILES.rank.candidates(tokens, like.dtype)
@@ -346,19 +351,36 @@ def _shrink(x: Tensor, lora_a: Tensor, seed: Tensor | None, dropout: float, by: 
             _mix(s, s, mixed, 0, by)
             return
         planes = x.new_empty(split, tokens, rank, dtype=torch.float32) if split > 1 else s
-        launch(
-            _lora_mix_shrink_kernel, (ceil_div(tokens, tile.m) * ceil_div(rank, n), split),
-            x, lora_a, s, mixed, planes, by.gates, by.owner, by.scale, x if seed is None else seed, by.flag,
-            tokens, width, rank, by.run, by.experts, *x.stride(), *lora_a.stride(),
-            KIND=by.kind, DROPS=dropout > 0.0, THRESHOLD=threshold(dropout), KEEP_SCALE=1.0 / (1.0 - dropout),
-            SPLIT=split, PRECISION=dot_precision(), BLOCK_T=tile.m, BLOCK_R=n, BLOCK_K=tile.k,
-            warps=tile.warps, stages=tile.stages,
-        )  # fmt: skip
+        _launch_shrink(x, lora_a, s, mixed, planes, seed, dropout, by, tile, n, split, split > 1)
         if split > 1:
             _mix(planes, s, mixed, split, by)
 
     _rank_launch("lora_mix_shrink", tokens, width, rank, x, run, dropout)
     return s, mixed
+
+
+def _shrink_planes(x: Tensor, lora_a: Tensor, seed: Tensor | None, dropout: float, by: Gating) -> Tensor:
+    """float32 [P, T, R] that add up to s = drop(x) A^T."""
+    (tokens, width), rank = x.shape, lora_a.shape[0]
+    tile = TILES.rank.candidates(tokens, x.dtype)[0]
+    n = min(tile.n, power_of_two(rank))
+    split = _split(ceil_div(tokens, tile.m) * ceil_div(rank, n), width, x)
+    planes = x.new_empty(split, tokens, rank, dtype=torch.float32)
+    _launch_shrink(x, lora_a, planes, planes, planes, seed, dropout, by, tile, n, split, True)
+    return planes
+
+
+def _launch_shrink(x, lora_a, s, mixed, planes, seed, dropout, by: Gating, tile: Tile, n: int, split: int, cut: bool):
+    """With `cut` planes are what is written, else s and mixed."""
+    (tokens, width), rank = x.shape, lora_a.shape[0]
+    launch(
+        _lora_mix_shrink_kernel, (ceil_div(tokens, tile.m) * ceil_div(rank, n), split),
+        x, lora_a, s, mixed, planes, by.gates, by.owner, by.scale, x if seed is None else seed, by.flag,
+        tokens, width, rank, by.run, by.experts, *x.stride(), *lora_a.stride(),
+        KIND=by.kind, DROPS=dropout > 0.0, THRESHOLD=threshold(dropout), KEEP_SCALE=1.0 / (1.0 - dropout),
+        SPLIT=split, PLANES=cut, PRECISION=dot_precision(), BLOCK_T=tile.m, BLOCK_R=n, BLOCK_K=tile.k,
+        warps=tile.warps, stages=tile.stages,
+    )  # fmt: skip
 
 
 def _mix(planes: Tensor, s: Tensor, mixed: Tensor, split: int, by: Gating) -> None:
@@ -391,6 +413,12 @@ def mix(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y and s. `choice`: experts outside of which gates are zero and their gradient is asked by nobody."""
 
+    def by_launches(launches: Launches) -> tuple[Tensor, Tensor]:
+        if launches.number > 2:
+            return run(pick_grouping("lora_mix", x, lora_b, ranks, choice, run))
+        planes = _shrink_planes(x, lora_a, seed, dropout, by)
+        return few_tokens_product(x, weight, bias, planes, lora_b, by)
+
     def run(grouping: Grouping) -> tuple[Tensor, Tensor]:
         pairs = pairs_by_expert(choice, x.shape[0], by, grouping)
         if pairs is None:
@@ -399,7 +427,8 @@ def mix(
             s, mixed = grouped_shrink(x, lora_a, seed, dropout, ranks, by, pairs)
         return add_product(x, weight, bias, mixed, lora_b), s
 
-    return run(pick_grouping("lora_mix", x, lora_b, ranks, choice, run))
+    key = ("lora_mix_launches", bucket(x.shape[0]), *weight.shape, lora_a.shape[0], by.kind, x.dtype)
+    return by_launches(pick_tile(key, launch_counts(x.shape[0], x.dtype), x.device, by_launches))
 
 
 def pick_grouping(

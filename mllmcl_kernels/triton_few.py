@@ -1,0 +1,131 @@
+"""`lora_mix` for few tokens in two launches: the parts of s, then everything else beside the one pass over W.
+
+A step of decoding waits for W and for launches, not for arithmetic: s, its gates and the product with B ride along in
+every program of the base product, which reads W once.
+"""
+
+# T tokens, K in, N out, E experts, R sum of ranks
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .triton_tools import (
+    EXPERT_IDS,
+    Gating,
+    Tile,
+    ceil_div,
+    dot,
+    dot_precision,
+    gate_tile,
+    launch,
+    note_wrong_ids,
+    power_of_two,
+)
+from .tuning import bucket, pick_tile
+
+__all__ = ["Launches", "few_tokens_product", "launch_counts"]
+
+#: tokens up to which the base product waits for W alone
+MOST_TOKENS = 64
+#: m tokens, n columns of y, k of the contraction; the first of a size is the default
+FEW_TILES = {
+    16: (Tile(16, 32, 256, 4, 4), Tile(16, 16, 512, 4, 3), Tile(16, 64, 128, 4, 4)),
+    64: (Tile(64, 32, 128, 4, 4), Tile(64, 64, 64, 4, 4)),
+}
+
+_IDS = tl.constexpr(EXPERT_IDS)
+
+
+@dataclass(frozen=True)
+class Launches:
+    """How many kernels a forward is: 2, or the product for s, its gates, the base product and the one with B."""
+
+    number: int
+
+
+def launch_counts(tokens: int, dtype: torch.dtype) -> tuple[Launches, ...]:
+    """What can run; the first one runs where none was timed."""
+    if tokens > MOST_TOKENS or dtype == torch.float32:
+        return (Launches(4),)
+    return Launches(4), Launches(2)
+
+
+@triton.jit
+def _few_tokens_kernel(
+    y_ptr, s_ptr, x_ptr, weight_ptr, planes_ptr, b_ptr, bias_ptr, gates_ptr, owner_ptr, scale_ptr, flag_ptr,
+    T, N, K, R, run, num_experts, stride_xt, stride_wn, stride_bn, stride_br,
+    KIND: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """y = x W^T + b + (s * G) B^T for a block of columns, s summed up from its planes in fixed order."""
+    blocks = tl.cdiv(N, BLOCK_N)
+    pid = tl.program_id(0)
+    rows = (pid // blocks).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    cols = (pid % blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_mask, col_mask = rows < T, cols < N
+    if KIND == _IDS:
+        note_wrong_ids(flag_ptr, gates_ptr, rows, row_mask & (pid % blocks == 0), run, num_experts)
+    acc = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+    for start in range(0, R, BLOCK_R):
+        ranks = (start + tl.arange(0, BLOCK_R)).to(tl.int64)
+        rank_mask = ranks < R
+        inside = row_mask[:, None] & rank_mask[None, :]
+        places = rows[:, None] * R + ranks[None, :]
+        s = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
+        for split in range(SPLIT):
+            s += tl.load(planes_ptr + tl.cast(split, tl.int64) * T * R + places, mask=inside, other=0.0)
+        if pid % blocks == 0:
+            tl.store(s_ptr + places, s.to(s_ptr.dtype.element_ty), mask=inside)
+        factor = gate_tile(
+            gates_ptr, owner_ptr, scale_ptr, rows, ranks, row_mask, rank_mask, run, num_experts, KIND
+        )  # fmt: skip
+        b = tl.load(
+            b_ptr + cols[None, :] * stride_bn + ranks[:, None] * stride_br,
+            mask=rank_mask[:, None] & col_mask[None, :],
+            other=0.0,
+        )
+        acc = dot((s * factor).to(b.dtype), b, acc, PRECISION)
+    for start in range(0, K, BLOCK_K):
+        ks = start + tl.arange(0, BLOCK_K)
+        x = tl.load(
+            x_ptr + rows[:, None] * stride_xt + ks[None, :], mask=row_mask[:, None] & (ks < K)[None, :], other=0.0
+        )
+        w = tl.load(
+            weight_ptr + cols[None, :] * stride_wn + ks[:, None],
+            mask=(ks < K)[:, None] & col_mask[None, :],
+            other=0.0,
+        )
+        acc = dot(x, w, acc, PRECISION)
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
+    y = acc.to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + rows[:, None] * N + cols[None, :], y, mask=row_mask[:, None] & col_mask[None, :])
+
+
+def few_tokens_product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, planes: Tensor, lora_b: Tensor, by: Gating
+) -> tuple[Tensor, Tensor]:
+    """y [T, N] and s [T, R] in x's dtype from x [T, K], weight [N, K], lora_b [N, R] and the planes [P, T, R] of s."""
+    x, weight = x.contiguous(), weight.contiguous()
+    (tokens, width), (out, rank) = x.shape, lora_b.shape
+    y, s = x.new_empty(tokens, out), x.new_empty(tokens, rank)
+
+    def run(tile: Tile) -> None:
+        launch(
+            _few_tokens_kernel, (ceil_div(tokens, tile.m) * ceil_div(out, tile.n),),
+            y, s, x, weight, planes, lora_b, y if bias is None else bias.contiguous(), by.gates, by.owner, by.scale,
+            by.flag, tokens, out, width, rank, by.run, by.experts, x.stride(0), weight.stride(0), *lora_b.stride(),
+            KIND=by.kind, HAS_BIAS=bias is not None, SPLIT=planes.shape[0], PRECISION=dot_precision(),
+            BLOCK_T=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, BLOCK_R=min(power_of_two(rank), 64),
+            warps=tile.warps, stages=tile.stages,
+        )  # fmt: skip
+
+    key = ("few_tokens_product", bucket(tokens), width, out, rank, planes.shape[0], x.dtype)
+    run(pick_tile(key, FEW_TILES[16 if tokens <= 16 else 64], x.device, run))
+    return y, s
