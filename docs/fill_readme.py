@@ -74,18 +74,25 @@ def streams() -> str:
 
 
 def _newest() -> list[tuple[dict, str]]:
-    """The cases of `results/*.json` with their device and date; of a case that was measured twice the newer one."""
+    """The cases of `results/*.json` with their device and date; of a case measured twice on a device the newer one."""
     found = [json.loads(path.read_text()) for path in (BENCHMARKS.parent / "results").glob("*.json")]
-    cases: dict[tuple[str, str], tuple[dict, str]] = {}
+    cases: dict[tuple[str, str, str], tuple[dict, str]] = {}
     for result in sorted(found, key=lambda result: result["date"]):
         for case in result["cases"]:
-            cases[case["op"], case["case"]] = case, f"{result['device']}, {result['date'][:10]}"
-    return [cases[key] for key in cases]
+            key = case["op"], case["case"], result["device"]
+            # the newest come last
+            cases.pop(key, None)
+            cases[key] = case, f"{result['device']}, {result['date'][:10]}"
+    return list(cases.values())
 
 
 def _raced() -> Iterator[tuple[list[str], list[str]]]:
     """Every case that has a peer, op by op: op, case, ours; best peer, ratios, limit, device."""
-    for case, device in sorted(_newest(), key=lambda found: found[0]["op"]):
+    found = _newest()
+    # cases in the order in which they were first measured, devices beside each other
+    order = list(dict.fromkeys((case["op"], case["case"]) for case, _ in found))
+    places = {name: place for place, name in enumerate(order)}
+    for case, device in sorted(found, key=lambda one: (one[0]["op"], places[one[0]["op"], one[0]["case"]])):
         if case["op"] == "training step":
             continue
         ratios = case["peer_over_ours"].items()
