@@ -142,21 +142,26 @@ def as_list(op: str, argument: str, value: Tensor | Iterable[Tensor]) -> list[Te
 def expect_real(op: str, argument: str, value: object, expected: str, fits: Callable[[float], bool]) -> float:
     """The value as a float: TypeError where it is no number, ValueError where it does not fit."""
     is_number = isinstance(value, (int, float, numbers.Real)) or (isinstance(value, Tensor) and value.dim() == 0)
-    expect(is_number, op, argument, expected, repr(value), TypeError)
-    expect(fits(value), op, argument, expected, value)
+    # words are made on failure alone: a compiler that traces a changing number cannot spell it
+    if not is_number:
+        expect(False, op, argument, expected, repr(value), TypeError)
+    if not fits(value):
+        expect(False, op, argument, expected, value)
     return float(value)
 
 
 def expect_flag(op: str, argument: str, value: object) -> bool:
     """The value as a bool; TypeError where it equals neither True nor False."""
-    expect(value in (True, False), op, argument, "True or False", repr(value), TypeError)
+    if value not in (True, False):
+        expect(False, op, argument, "True or False", repr(value), TypeError)
     return bool(value)
 
 
 def expect_betas(op: str, betas: object) -> tuple[float, float]:
     """AdamW's two decay rates."""
     expected = "two numbers in [0, 1)"
-    expect(isinstance(betas, Sequence) and len(betas) == 2, op, "betas", expected, repr(betas), TypeError)
+    if not (isinstance(betas, Sequence) and len(betas) == 2):
+        expect(False, op, "betas", expected, repr(betas), TypeError)
     beta1, beta2 = (expect_real(op, "betas", beta, expected, lambda b: 0.0 <= b < 1.0) for beta in betas)
     return beta1, beta2
 
@@ -168,8 +173,10 @@ def expect_scalar(
     if isinstance(value, Tensor):
         expect(value.numel() == 1, op, argument, "a number or a tensor with one element", list(value.shape))
         return value.reshape(())
-    expect(isinstance(value, numbers.Real), op, argument, expected, repr(value), TypeError)
-    expect(value >= low, op, argument, expected, value)
+    if not isinstance(value, numbers.Real):
+        expect(False, op, argument, expected, repr(value), TypeError)
+    if not value >= low:
+        expect(False, op, argument, expected, value)
     return value
 
 

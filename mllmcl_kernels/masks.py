@@ -56,6 +56,8 @@ class Mask:
         A shard of the stack passes `start` and `length`, its global range of slices: FSDP2 cuts a stack wherever the
         world size says, in the middle of an expert too.
         """
+        if not isinstance(mask, (Tensor, Sequence)):
+            expect(False, "Mask.experts", "mask", "a bool tensor or booleans", type(mask).__name__, TypeError)
         mask = torch.as_tensor(mask)
         _expect_bool("experts", mask)
         ranks = ranks.tolist() if isinstance(ranks, Tensor) else ranks
@@ -69,6 +71,8 @@ class Mask:
             list(mask.shape),
         )
         slices = mask.repeat_interleave(torch.tensor(list(ranks), device=mask.device))
+        whole = all(value is None or isinstance(value, numbers.Integral) for value in (start, length))
+        expect(whole, "Mask.experts", "start, length", "integers", (start, length), TypeError)
         length = len(slices) - start if length is None else length
         inside = start >= 0 and length >= 0 and start + length <= len(slices)
         expect(inside, "Mask.experts", "start, length", f"a range within the {len(slices)} slices", (start, length))

@@ -172,6 +172,8 @@ class Op:
     samples        (device, dtype, seed) -> legal calls, for tests and opcheck
     bad_samples    () -> calls of the public function that must raise
     cost           (*args) -> Cost, for the roofline
+    examine        (*args), raises for values that only a run can see, in a compiled graph as well; not for kernels of a
+                   device, which raise in their own way
     setup_context, backward     the autograd formula; `backward` usually calls another Op
     mutates        names of arguments written in place
     autocast       names of tensor arguments cast to the autocast dtype (the rest stays as it came)
@@ -187,6 +189,7 @@ class Op:
     samples: Callable[[torch.device, torch.dtype, int], list[Sample]]
     bad_samples: Callable[[], list[BadSample]] = list
     cost: Callable[..., Cost] | None = None
+    examine: Callable[..., None] | None = None
     setup_context: Callable | None = None
     backward: Callable | None = None
     mutates: Sequence[str] = ()
@@ -290,7 +293,10 @@ class Op:
         return Function
 
     def _run(self, *args, backend: str | None = None):
-        output = self.choose(args, backend).run(*args)
+        provider = self.choose(args, backend)
+        if self.examine is not None and provider.backend != "triton":
+            self.examine(*args)
+        output = provider.run(*args)
         for place in self.mutated_places:
             _count_change(args[place])
         return output
@@ -298,10 +304,14 @@ class Op:
     def _cast(self, device: str, args: Sequence) -> list:
         """The arguments that autocast casts, cast."""
         dtype = torch.get_autocast_dtype(device)
-        return [
-            arg.to(dtype) if name in self.autocast and isinstance(arg, Tensor) and arg.is_floating_point() else arg
-            for name, arg in zip(self.argument_names, args, strict=False)
-        ]
+
+        def is_cast(name: str, arg: object) -> bool:
+            # float64 stays, as in torch's own operators
+            floating = name in self.autocast and isinstance(arg, Tensor) and arg.is_floating_point()
+            return floating and arg.dtype != torch.float64
+
+        pairs = zip(self.argument_names, args, strict=False)
+        return [arg.to(dtype) if is_cast(name, arg) else arg for name, arg in pairs]
 
     def _run_autocast(self, device: str, *args, backend: str | None = None):
         with _without_autocast():

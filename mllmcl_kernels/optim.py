@@ -10,7 +10,7 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
-from .checks import as_number, expect, expect_betas, expect_real, expect_scalar, expect_tensor
+from .checks import FLOATS, as_number, expect, expect_betas, expect_real, expect_scalar, expect_tensor
 from .faults import poll_faults
 from .layouts import laid_masks, lie_alike
 from .masks import Mask, flatten_masks
@@ -33,6 +33,17 @@ def _lay_alike(param: Tensor, state: dict) -> None:
     if not lie_alike([param], [state["exp_avg"]], [state["exp_avg_sq"]]):
         for name in ("exp_avg", "exp_avg_sq"):
             state[name] = torch.empty_like(param, dtype=state[name].dtype).copy_(state[name])
+
+
+def _check_group(group: dict) -> None:
+    """The options of a parameter group, as they are or as they come from a file."""
+    op = "MaskedAdamW"
+    expect_scalar(op, "lr", group["lr"], ">= 0", 0)
+    expect_betas(op, group["betas"])
+    expect_real(op, "eps", group["eps"], ">= 0", lambda value: value >= 0.0)
+    expect_real(op, "weight_decay", group["weight_decay"], ">= 0", lambda value: value >= 0.0)
+    for name in ("amsgrad", "maximize"):
+        expect(not group.get(name), op, name, "False or absent, since there is no such update here", group.get(name))
 
 
 @dataclass
@@ -116,10 +127,9 @@ class MaskedAdamW(torch.optim.Optimizer):
         state_dtype: torch.dtype | None = None,
     ) -> None:
         op = "MaskedAdamW"
-        expect_scalar(op, "lr", lr, ">= 0", 0)
-        expect_betas(op, betas)
-        expect_real(op, "eps", eps, ">= 0", lambda value: value >= 0.0)
-        expect_real(op, "weight_decay", weight_decay, ">= 0", lambda value: value >= 0.0)
+        _check_group({"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        if state_dtype is not None:
+            expect(state_dtype in FLOATS, op, "state_dtype", "a floating dtype or None", state_dtype, TypeError)
         if max_norm is not None:
             expect_real(op, "max_norm", max_norm, "positive or None", lambda value: value > 0.0)
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
@@ -162,8 +172,31 @@ class MaskedAdamW(torch.optim.Optimizer):
         #: keys and values of the state at the last step
         self._states: tuple[list, list] = ([], [])
 
+    def add_param_group(self, param_group: dict) -> None:
+        """As torch's; what the group asks for and its parameters are looked at first."""
+        _check_group({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        for param in self.param_groups[-1]["params"]:
+            if not param.is_floating_point():
+                expect(False, "MaskedAdamW", "params", "floating", param.dtype, TypeError)
+
+    def state_dict(self) -> dict:
+        """As torch's, each parameter with a `step` of its own: torch.optim.AdamW counts every one of them."""
+        found = super().state_dict()
+        state = {
+            key: {**held, "step": held["step"].clone()} if isinstance(held, dict) and "step" in held else held
+            for key, held in found["state"].items()
+        }
+        return {**found, "state": state}
+
     def load_state_dict(self, state_dict: dict) -> None:
-        """As torch's, with the moments in `state_dtype` instead of the parameter's dtype."""
+        """As torch's, with the moments in `state_dtype` instead of the parameter's dtype.
+
+        Raises:
+            ValueError: the state is of an AdamW that maximizes or keeps maxima (amsgrad).
+        """
+        for group in state_dict["param_groups"]:
+            _check_group(group)
         super().load_state_dict(state_dict)
         if self.state_dtype is None:
             return

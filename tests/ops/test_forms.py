@@ -224,3 +224,18 @@ def test_moments_are_loaded_in_the_dtype_asked_for():
     for name in ("exp_avg", "exp_avg_sq"):
         assert other.state[param][name].dtype == torch.float32
         assert torch.equal(other.state[param][name], optimizer.state[param][name])
+
+
+def test_no_width_no_data_and_float64_under_autocast():
+    """Sizes of zero, tensors of the meta device, and what autocast leaves alone."""
+    assert route(torch.zeros(2, 3, 0), torch.zeros(4, 0)).gates.shape == (2, 3, 4)
+    assert lora_mix(torch.zeros(2, 3, 0), torch.zeros(5, 0), None, torch.zeros(2, 0), torch.zeros(5, 2)).shape == (
+        2,
+        3,
+        5,
+    )
+    x, w, a, b = torch.ones(2, 3, 8), torch.ones(5, 8), torch.ones(4, 8), torch.ones(5, 4)
+    assert lora_mix(*(t.to("meta") for t in (x, w)), None, *(t.to("meta") for t in (a, b))).shape == (2, 3, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert lora_mix(x, w, None, a, b).dtype == torch.bfloat16
+        assert lora_mix(*(t.double() for t in (x, w)), None, *(t.double() for t in (a, b))).dtype == torch.float64

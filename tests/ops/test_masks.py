@@ -251,3 +251,56 @@ def test_moments_from_a_file_lie_as_their_parameter():
     steps(again, optimizer, grads[3:])
     assert torch.equal(again, whole)
     assert optimizer.state[again]["exp_avg"].stride() == again.stride() == (1, 12)
+
+
+@pytest.mark.parametrize("options", [{"foreach": True}, {"fused": True}, {"foreach": False}])
+def test_adamw_goes_on_from_the_state(options, tmp_path):
+    """Through a file or not: the steps that torch's own AdamW would have taken from the start."""
+
+    def params():
+        return [torch.nn.Parameter(torch.linspace(-1.0, 1.0, size)) for size in (3, 4, 5)]
+
+    def step(optimizer, params, number):
+        for place, param in enumerate(params):
+            param.grad = torch.full_like(param, 0.1 * (number + 1) * (place - 1.5))
+        optimizer.step()
+
+    usual, mine = params(), params()
+    theirs, ours = torch.optim.AdamW(usual, lr=0.1), MaskedAdamW(mine, lr=0.1, weight_decay=0.01)
+    for number in range(3):
+        step(theirs, usual, number)
+        step(ours, mine, number)
+    torch.save(ours.state_dict(), tmp_path / "state.pt")
+    for state in (ours.state_dict(), torch.load(tmp_path / "state.pt")):
+        copies = [param.detach().clone().requires_grad_() for param in mine]
+        other = torch.optim.AdamW(copies, lr=0.1, **options)
+        other.load_state_dict(state)
+        expected = [param.detach().clone().requires_grad_() for param in usual]
+        same = torch.optim.AdamW(expected, lr=0.1)
+        same.load_state_dict(copy.deepcopy(theirs.state_dict()))
+        for number in range(2):
+            step(other, copies, number)
+            step(same, expected, number)
+        assert [float(other.state[param]["step"]) for param in copies] == [5.0] * 3
+        torch.testing.assert_close(copies, expected)
+    assert {float(ours.state[param]["step"]) for param in mine} == {3.0}
+
+
+def test_settings_that_a_group_or_a_file_brings_are_looked_at():
+    param = torch.nn.Parameter(torch.ones(3))
+    for group, words in (
+        ({"betas": (3.0, 1.0)}, "betas must be two numbers"),
+        ({"eps": -1.0}, "eps must be >= 0, got -1.0"),
+        ({"weight_decay": -1.0}, "weight_decay must be >= 0"),
+        ({"amsgrad": True}, "amsgrad must be False or absent"),
+    ):
+        with pytest.raises(ValueError, match=f"MaskedAdamW: {words}"):
+            MaskedAdamW([{"params": [param], **group}])
+    for option in ("amsgrad", "maximize"):
+        state = torch.optim.AdamW([param], **{option: True}).state_dict()
+        with pytest.raises(ValueError, match=f"MaskedAdamW: {option} must be False or absent"):
+            MaskedAdamW([param]).load_state_dict(state)
+    with pytest.raises(TypeError, match=r"params must be floating, got torch.complex64"):
+        MaskedAdamW([torch.nn.Parameter(torch.ones(2, dtype=torch.complex64))])
+    with pytest.raises(TypeError, match=r"state_dtype must be a floating dtype or None, got torch.int32"):
+        MaskedAdamW([param], state_dtype=torch.int32)

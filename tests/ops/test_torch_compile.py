@@ -252,3 +252,55 @@ def test_functions_over_lists(name):
     assert counter.frame_count == 1
     for eager, ours in zip(*outcomes, strict=True):
         torch.testing.assert_close(ours, eager)
+
+
+NUMBERS = {
+    "lora_mix": lambda x, w, number: lora_mix(x, w, None, x[:4], w[:, :4], dropout=number),
+    "route": lambda x, w, number: route(x, w, temperature=number).gates,
+    "lora_mix_routed": lambda x, w, number: lora_mix_routed(x, w, None, x[:4], w[:, :4], x[:2], temperature=number)[0],
+    "ema_update_": lambda x, w, number: ema_update_([x], [x * 2], decay=number),
+    "masked_adamw_": lambda x, w, number: masked_adamw_(
+        [x], [x * 2], [x * 0], [x * 0], None, step=3 + number, lr=number
+    ),
+    "anchor_grad_": lambda x, w, number: anchor_grad_([x], [x * 2], [x * 3], [x * 0 + 1], number),
+    "importance_update_": lambda x, w, number: importance_update_([x], [x * 2], count=3 + number),
+}
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_that_changes(name: str, dynamic: bool | None):
+    """An annealed option traces whole, and counts as it is at the call."""
+    run = torch.compile(NUMBERS[name], backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for number in (0.3, 0.4, 0.5):
+        outcomes = []
+        for function in (NUMBERS[name], run):
+            torch.manual_seed(0)
+            x, w = torch.rand(6, 8), torch.rand(5, 8)
+            result = function(x, w, number)
+            outcomes.append(x if result is None else result)
+        torch.testing.assert_close(*outcomes)
+
+
+def test_an_id_out_of_range_raises_in_a_graph_too():
+    run, _ = compiled(
+        lambda ids: lora_mix(
+            torch.ones(2, K), torch.ones(N, K), None, torch.ones(9, K), torch.ones(N, 9), ids, ranks=RANKS
+        )
+    )
+    run(torch.tensor([0, -1]))
+    with pytest.raises(ValueError, match=r"lora_mix: gates must be ids in -1\.\.2, got 3 at position 1"):
+        run(torch.tensor([0, 3]))
+
+
+def test_one_layer_whose_columns_are_a_view():
+    """The gradient lies as the compiler was told."""
+    run = torch.compile(
+        lambda a, b: sampled_product_l1(a, b, torch.tensor([0, 1]), torch.tensor([0, 7])), fullgraph=True
+    )
+    torch.manual_seed(0)
+    a, b = torch.randn(6, 8, requires_grad=True), torch.randn(5, 6, requires_grad=True)
+    ours = torch.autograd.grad(run(a, b), (a, b))
+    torch.testing.assert_close(
+        ours, torch.autograd.grad(sampled_product_l1(a, b, torch.tensor([0, 1]), torch.tensor([0, 7])), (a, b))
+    )

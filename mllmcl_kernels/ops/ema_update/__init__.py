@@ -118,7 +118,8 @@ def ema_update_(
     tensor([0.5000, 1.0000, 0.0000])
     """
     op = "ema_update_"
-    expect((decay is None) != (mode is None), op, "decay or mode", "one of the two", f"{decay} and {mode!r}")
+    if (decay is None) == (mode is None):
+        expect(False, op, "decay or mode", "one of the two", f"{decay} and {mode!r}")
     expect(mode in MODES, op, "mode", '"dema" or "pema"', repr(mode))
     if mode == "pema" and squared_grads is None and grads is not None:
         squared_grads, grads = [grad.detach().square() for grad in grads], None

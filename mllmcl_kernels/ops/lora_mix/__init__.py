@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Sequence
 
@@ -82,6 +83,23 @@ lora_mix_backward_op = Op(
     cost=_cost_backward,
 )
 
+
+def _examine(x, weight, bias, lora_a, lora_b, gates, seed, ranks, *_rest) -> None:
+    """Range of ids on the CPU, never with a host wait elsewhere, where a wrong id selects no expert."""
+    if gates is not None and not gates.is_floating_point():
+        check_ids("lora_mix", gates, len(ranks))
+
+
+def check_ids(op: str, ids: Tensor, experts: int) -> None:
+    """ValueError with the first id on the CPU that is outside -1..E-1."""
+    if ids.device.type != "cpu" or ids.numel() == 0:
+        return
+    wrong = (ids < -1) | (ids >= experts)
+    if bool(wrong.any()):
+        where = int(wrong.flatten().to(torch.uint8).argmax())
+        expect(False, op, "gates", f"ids in -1..{experts - 1}", f"{int(ids.flatten()[where])} at position {where}")
+
+
 lora_mix_op = Op(
     name="lora_mix",
     reference=lora_mix_reference,
@@ -90,6 +108,7 @@ lora_mix_op = Op(
     samples=samples,
     bad_samples=bad_samples,
     cost=_cost,
+    examine=_examine,
     setup_context=_setup_context,
     backward=_backward,
     aside=(1,),
@@ -124,6 +143,8 @@ def resolve_experts(
 ) -> tuple[list[int], list[float], list[bool]]:  # fmt: skip
     """Ranks, scalings and whether each trains, for every expert."""
     ranks = None if ranks is None else _each(op, "ranks", ranks, int, "E integers or None")
+    if isinstance(scaling, Tensor) and scaling.requires_grad:
+        expect(False, op, "scaling", "constant", "a tensor that requires grad: put it into gates")
     if isinstance(scaling, numbers.Real) or (isinstance(scaling, Tensor) and scaling.dim() == 0):
         scaling = float(scaling)
     else:
@@ -131,6 +152,9 @@ def resolve_experts(
     trainable = True if trainable is None else _each(op, "trainable", trainable, bool, "E booleans or None")
     ranks = resolve_ranks(op, ranks, total, experts)
     scaling = resolve_per_expert(op, "scaling", scaling, len(ranks), float)
+    # comparisons, since a compiler traces no math.isfinite of a number that changes
+    if not all(-math.inf < value < math.inf for value in scaling):
+        expect(False, op, "scaling", "finite", scaling)
     return ranks, scaling, resolve_per_expert(op, "trainable", trainable, len(ranks), bool)
 
 
@@ -276,21 +300,13 @@ def flatten_gates(op: str, gates: Tensor | None, lead: torch.Size, ranks: Sequen
     return full.reshape(-1, *tail)
 
 
-def check_ids(op: str, ids: Tensor, experts: int) -> None:
-    """Range of expert ids: at once on the CPU, never with a host wait elsewhere, where a wrong id selects no expert."""
-    if ids.device.type != "cpu" or torch.compiler.is_compiling() or ids.numel() == 0:
-        return
-    wrong = (ids < -1) | (ids >= experts)
-    if bool(wrong.any()):
-        where = int(wrong.flatten().to(torch.uint8).argmax())
-        expect(False, op, "gates", f"ids in -1..{experts - 1}", f"{int(ids.flatten()[where])} at position {where}")
-
-
 def in_one_dtype(x: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
     """x as `[T, d_in]` and the other tensors in its dtype, or in that of an active autocast."""
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    device, dtype = x.device.type, x.dtype
+    # autocast leaves float64 alone, and knows no meta device
+    if device != "meta" and dtype != torch.float64 and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    flat = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     return [tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype) for tensor in (flat, *tensors)]
 
 
@@ -368,9 +384,7 @@ def lora_mix(
         op, x, weight, bias, lora_a, lora_b, experts, ranks, scaling, trainable, dropout
     )
     flat = flatten_gates(op, gates, x.shape[:-1], ranks)
-    if flat is not None and not flat.is_floating_point():
-        check_ids(op, flat, len(ranks))
-    elif flat is not None and flat.dtype not in (torch.float32, torch.float64):
+    if flat is not None and flat.dtype in (torch.float16, torch.bfloat16):
         flat = flat.float()
     seed = draw_seed(x.device) if dropout > 0.0 else None
     y, _ = lora_mix_op(

@@ -129,6 +129,8 @@ def bad_samples() -> list[BadSample]:
         BadSample("ids without ranks", call(torch.zeros(6, dtype=torch.int64), {"ranks": None}), ValueError, r"ranks must be given"),
         BadSample("ranks sum", call(options={"ranks": (2, 3)}), ValueError, r"ranks must be integers that sum to R = 4"),
         BadSample("scaling count", call(options={"scaling": [1.0]}), ValueError, r"scaling must be one float or E = 2"),
+        BadSample("scaling NaN", call(options={"scaling": [1.0, float("nan")]}), ValueError, r"scaling must be finite, got \[1.0, nan\]"),
+        BadSample("scaling learned", call(options={"scaling": torch.ones(2, requires_grad=True)}), ValueError, r"scaling must be constant, got a tensor that requires grad"),
         BadSample("trainable count", call(options={"trainable": [True]}), ValueError, r"trainable must be one bool or E = 2"),
         BadSample("dropout range", call(options={"dropout": 1.0}), ValueError, r"dropout must be a probability in \[0, 1\)"),
         BadSample("backend name", call(options={"backend": "cutlass"}), ValueError, r"backend must be one of"),

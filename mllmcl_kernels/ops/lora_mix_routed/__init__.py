@@ -129,7 +129,7 @@ def lora_mix_routed(
     op = "lora_mix_routed"
     check_router(op, x, router_weight, router_bias, ("router_weight", "router_bias"))
     experts = router_weight.shape[0]
-    if ranks is not None:
+    if hasattr(ranks, "__len__"):
         expect(len(ranks) == experts, op, "ranks", f"E = {experts} integers", list(ranks))
     ranks, scaling, trainable, dropout = check_call(
         op, x, weight, bias, lora_a, lora_b, experts, ranks, scaling, trainable, dropout

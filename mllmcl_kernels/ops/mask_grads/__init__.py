@@ -45,7 +45,7 @@ def mask_grads_(grads: Sequence[Tensor], masks: Sequence[Mask | None], *, backen
         backend: "reference", "cpp", "triton", "cuda", or None to choose.
 
     Raises:
-        TypeError, ValueError: no tensors, counts that differ, a mask that does not fit its tensor.
+        TypeError, ValueError: what is no floating tensor, counts that differ, a mask that does not fit its tensor.
 
     >>> grad = torch.ones(4, 2)
     >>> mask_grads_([grad], [Mask.rows(torch.tensor([True, False, False, True]))])

@@ -58,7 +58,7 @@ def project_grads_(grads: Sequence[Tensor], bases: Sequence[Tensor | None], *, b
         backend: "reference", "chunked", "cpp", "triton", or None to choose.
 
     Raises:
-        TypeError, ValueError: no tensors, counts that differ, a basis whose rows do not fit.
+        TypeError, ValueError: what is no floating tensor, counts that differ, a basis whose rows do not fit.
 
     Source: Saha et al., Gradient Projection Memory (2021).
 

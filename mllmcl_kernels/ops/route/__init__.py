@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 
 import torch
 from torch import Tensor
@@ -122,7 +123,9 @@ def check_options(
 ) -> tuple[int, Tensor | None, Tensor | None]:
     """top_k as an int, the expert mask as [M, E] and the noise drawn: what the low-level op takes."""
     chosen, top_k = top_k, experts if top_k is None else top_k
-    expect(isinstance(top_k, int) and not isinstance(top_k, bool), op, "top_k", "an integer or None", top_k, TypeError)
+    is_integer = isinstance(top_k, numbers.Integral) and not isinstance(top_k, bool)
+    expect(is_integer, op, "top_k", "an integer or None", top_k, TypeError)
+    top_k = int(top_k)
     expect(1 <= top_k <= experts, op, "top_k", f"an integer in 1..E = {experts}", top_k)
     expect(score in SCORES, op, "score", f"one of {', '.join(SCORES)}", repr(score))
     expect_real(op, "temperature", temperature, "positive", lambda value: 0.0 < value < math.inf)
@@ -207,5 +210,7 @@ def route(
     options = (drawn, flat_mask, top_k, score, float(temperature), *flags)
     dtype = x.dtype
     bias = None if bias is None else bias.to(dtype)
-    outputs = route_op(x.reshape(-1, x.shape[-1]), weight.to(dtype), bias, *options, backend=backend)
+    outputs = route_op(
+        x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), weight.to(dtype), bias, *options, backend=backend
+    )
     return wrap_routing(outputs, x.shape[:-1], token_mask)

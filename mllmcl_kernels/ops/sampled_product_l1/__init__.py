@@ -36,7 +36,7 @@ def _backward(ctx, d_loss):
 
 def _fake_backward(d_loss, columns, rows_of_b, *rest):
     pair = zip((columns, rows_of_b), rest[-1], strict=True)
-    return tuple(torch.empty_like(tensor) if need else tensor.new_empty(0) for tensor, need in pair)
+    return tuple(tensor.new_empty(tensor.shape if need else (0,)) for tensor, need in pair)
 
 
 sampled_product_l1_backward_op = Op(

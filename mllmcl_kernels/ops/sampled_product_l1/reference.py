@@ -49,7 +49,7 @@ def _slope(own: Tensor, other: Tensor, starts: Tensor, places: Tensor, weights: 
     entries_n = _entries(own, other, owners, places)
     wide = entries_n.dtype
     slope_n1 = (weights.to(wide).index_select(0, owners) * entries_n.sign())[:, None]
-    total = torch.zeros_like(own, dtype=wide)
+    total = own.new_zeros(own.shape, dtype=wide)
     # index_put_ sorts the places where it runs in parallel, so that sums keep their order
     total.index_put_((owners,), slope_n1 * other.index_select(0, places).to(wide), accumulate=True)
     return total.to(own.dtype)
