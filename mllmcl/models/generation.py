@@ -131,8 +131,9 @@ def _decoded(mllm: MLLM, samples: Sequence, gates, prompts, max_new_tokens: int)
     def forward(input_ids, mask, positions, inputs, cache):
         return mllm.run_trunk(input_ids, mask, positions, inputs, cache, use_cache=True)
 
+    # not inference_mode: buffers of a sharded base that are made in it could not be written in training
     with (
-        torch.inference_mode(),
+        torch.no_grad(),
         contextlib.nullcontext() if current else mllm.use_experts(gates),
         mllm.use_prompts(prompts),
         prompting(mllm, batch) as (batch, _),

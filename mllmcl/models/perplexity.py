@@ -31,6 +31,6 @@ def perplexity(mllm, text: str, window: int, batch_size: int) -> float:
         part = rows[start : start + batch_size]
         encoded = Encoded(ids=[row[:1] for row in part], images={}, token_extras={})
         windows = [Sample(id="", task="", question=mllm.tokenizer.decode(row), answer="") for row in part]
-        with torch.inference_mode():
+        with torch.no_grad():
             total += mllm.loss(mllm.padded(windows, encoded, [row[1:] for row in part])) * len(part)
     return float(torch.exp(total / len(rows)))

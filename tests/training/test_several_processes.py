@@ -116,6 +116,8 @@ def shard(rank: int, arguments: dict, death: tuple[str, int] | None, folder) -> 
 def test_a_sharded_base_learns_the_same_to_the_bit(tmp_path):
     """With layers recomputed, killed once; beside the same run with a whole base."""
     arguments = {"method": "mr_lora", **CONFIG, **HALF, "save_steps": 2, "gradient_checkpointing": True}
+    # its first forward is an evaluation
+    arguments.update(zero_shot=True, evaluate_seen_only=False)
     whole, cut = tmp_path / "whole", tmp_path / "sharded"
     assert together(learn, tmp_path, [{"folder": str(whole), **arguments}]) == [0, 0], errors(tmp_path)
     arguments = {"folder": str(cut), **arguments}
