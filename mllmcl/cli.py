@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -229,33 +228,21 @@ def _check_model(config: ModelConfig) -> None:
 
 
 def _check_folder(folder: Path, settings: RunConfig, method, stream) -> None:
-    """That a run folder in use holds this run: the same method, options, stream and numbers of samples."""
-    path = folder / "config.yaml"
-    if not path.is_file():
+    """That a run folder in use holds this run: the same method, stream and options."""
+    if not (folder / "config.yaml").is_file():
         return
-    import yaml
-
-    from .training.records import options_of
+    from .training.records import options_of, other_run
 
     if settings.train.resume == "never":
         raise ValueError(f"output_dir {folder} holds a run already; train.resume=auto continues it")
-    held = yaml.safe_load(path.read_text(encoding="utf-8"))
-
-    def told(method_name, options, stream_name, tasks, seed, processes) -> dict:
-        counts = {task["name"]: [task["train"], task["test"]] for task in tasks}
-        values = {f"method.options.{name}": value for name, value in options.items()}
-        facts = {"stream": stream_name, "tasks": counts, "seed": seed, "number of processes": processes}
-        return {"method": method_name, **values, **facts}
-
     tasks = [{"name": task.name, "train": len(task.train), "test": len(task.test)} for task in stream.tasks]
-    train, kept = held["train"], held["stream"]
-    old = told(*held["method"].values(), kept["name"], kept["tasks"], train["seed"], held.get("processes", 1))
-    new = told(method.name, options_of(method), stream.name, tasks, settings.train.seed, _num_processes())
-    for name, value in json.loads(json.dumps(new)).items():
-        if old.get(name, value) != value:
-            raise ValueError(
-                f"output_dir {folder} holds another run: {name} was {old[name]!r}, is {value!r}; take another folder"
-            )
+    description = {
+        "processes": _num_processes(),
+        "method": {"name": method.name, "options": options_of(method)},
+        "stream": {"name": stream.name, "tasks": tasks},
+    }
+    if reason := other_run(folder, settings.train, description):
+        raise ValueError(f"output_dir {folder} holds another run: {reason}; take another folder")
 
 
 def run(settings: RunConfig) -> int:

@@ -52,6 +52,8 @@ def check_model_name(argument: str, name: str | os.PathLike, known: Sequence[str
     if not os.path.exists(text) and (text.startswith((".", "~", os.sep)) or text.count("/") > 1 or not text):
         more = f"{', '.join(known)}, " if known else ""
         raise ValueError(f"{argument} must be {more}a folder or a name on the model hub, got {text!r}: no such folder")
+    if os.path.isdir(text) and not os.path.isfile(os.path.join(text, "config.json")):
+        raise ValueError(f"{argument}: the folder {text!r} holds no model, since there is no config.json")
 
 
 def _fits(value: object, hint: object) -> bool:

@@ -8,6 +8,7 @@ import pytest
 
 from mllmcl import MLLM, TrainConfig, methods, streams
 from mllmcl.cli import MethodConfig, RunConfig, StreamConfig, check
+from mllmcl.models.adapter_files import export_run
 from mllmcl.models.composed import load_language
 from mllmcl.models.vision import load_vision
 from mllmcl.training.records import options_of, write_config
@@ -82,7 +83,8 @@ def test_a_runs_options(options, error, words):
         ("model", "device", "foo", "model.device must be auto, cpu or cuda, got 'foo'"),
         ("train", "language_text", "nofile", "train.language_text must be .* or a file, got 'nofile'"),
         ("method", "options", {"rank": 4}, "holds another run: method.options.rank was 8, is 4"),
-        ("train", "seed", 3, "holds another run: seed was 0, is 3"),
+        ("train", "seed", 3, "holds another run: train.seed was 0, is 3"),
+        ("train", "learning_rate", 0.5, "holds another run: train.learning_rate was None, is 0.5"),
         ("train", "resume", "never", "holds a run already; train.resume=auto continues it"),
     ],
 )
@@ -111,6 +113,25 @@ def test_streams_take_a_root_and_refuse_options_in_words(tmp_path):
     assert streams.load("pocket-domain", root=tmp_path, **few).tasks[0].name == "finance"
     with pytest.raises(TypeError, match=r"stream pocket-domain takes .*num_train.*, got num_trian"):
         streams.load("pocket-domain", num_trian=8)
+
+
+def test_options_of_a_folder_and_of_a_method_are_refused_in_words(tmp_path):
+    with pytest.raises(TypeError, match=r"a folder as a stream takes num_train, num_test, seed, tasks, got nm"):
+        streams.load(tmp_path, nm=3)
+    with pytest.raises(ValueError, match=r"method ewc: strength must be a number, got nan"):
+        methods.create("ewc", strength=float("nan"))
+    with pytest.raises(TypeError, match=r"dtype must be a torch.dtype, got 'flot'"):
+        (tmp_path / "config.json").write_text("{}")
+        MLLM.from_pretrained(tmp_path, dtype="flot")
+    with pytest.raises(FileNotFoundError, match=r"there is no run folder"):
+        export_run(tmp_path / "nothing", tmp_path / "out")
+
+
+def test_a_folder_without_a_model_is_told_before_anything_loads(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"name_or_folder: the folder .* holds no model, since there is no config.json"
+    ):
+        MLLM.from_pretrained(tmp_path)
 
 
 def test_a_path_without_a_folder_is_no_name(tmp_path):

@@ -374,9 +374,13 @@ def export_run(run: str | os.PathLike, output: str | os.PathLike) -> list[tuple[
         FileNotFoundError: the run holds no adapters. ValueError: an adapter is damaged.
     """
     source, target = Path(run) / "adapters", Path(output)
+    if not Path(run).is_dir():
+        raise FileNotFoundError(f"there is no run folder {run}")
     found = sorted(config.parent for config in source.rglob("adapter_config.json"))
     if not found:
-        raise FileNotFoundError(f"{source} holds no adapters; a run writes them at the end of each task")
+        raise FileNotFoundError(
+            f"{source} holds no adapters: a run writes them at the end of each task, where its method has LoRA experts"
+        )
     done = []
     for folder in found:
         before = read_adapter(folder)

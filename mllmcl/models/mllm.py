@@ -93,6 +93,8 @@ class MLLM:
             ValueError: a path without a folder there. OSError: the model hub has no such name, or cannot be reached.
         """
         check_model_name("name_or_folder", name_or_folder)
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}")
         from transformers import AutoModelForImageTextToText
 
         model = AutoModelForImageTextToText.from_pretrained(name_or_folder, dtype=dtype).eval().to(device)

@@ -57,6 +57,9 @@ def load(name_or_folder: str | os.PathLike, root: str | os.PathLike | None = Non
     if folder.is_dir():
         from .llava_folder import load_folder
 
+        known = list(inspect.signature(load_folder).parameters)[1:]
+        if unknown := [option for option in options if option not in known]:
+            raise TypeError(f"a folder as a stream takes {', '.join(known)}, got {', '.join(unknown)}")
         return load_folder(folder, **options)
     near = difflib.get_close_matches(name, modules, n=2)
     hint = f"; did you mean {' or '.join(near)}?" if near else f"; there is no folder {folder}"

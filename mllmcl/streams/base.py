@@ -68,6 +68,7 @@ class Stream:
         """Raise ValueError with all that is wrong: no tasks or empty ones, ids twice, no answers, images that fail."""
         names = [task.name for task in self.tasks]
         problems = [] if names else ["has no tasks"]
+        problems += [f"task name {name!r} is no name of a file" for name in names if not _names_a_file(name)]
         problems += [f"task {name} occurs twice" for name in sorted({n for n in names if names.count(n) > 1})]
         # features are remembered by id: two samples of one stream must not share it
         seen: set[str] = set()
@@ -87,6 +88,18 @@ class Stream:
         if problems:
             more = f"; {len(problems) - 10} more" if len(problems) > 10 else ""
             raise ValueError(f"stream {self.name}: {'; '.join(problems[:10])}{more}")
+
+
+def _names_a_file(name: object) -> bool:
+    """Whether files of a run may be called so: one part of a path, shown by a listing, in characters that print."""
+    return (
+        isinstance(name, str)
+        and 0 < len(name.encode()) <= 200
+        and name.isprintable()
+        and not name.startswith(".")
+        and not set(name) & set('/\\:*?"<>|')
+        and name == name.strip()
+    )
 
 
 def chosen_tasks(known: Sequence[str], tasks: Sequence[str] | None) -> list[str]:

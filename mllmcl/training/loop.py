@@ -26,7 +26,15 @@ from ..methods import Method, Phase
 from ..models import MLLM
 from ..streams import Stream, Task
 from . import records
-from .checkpoint import Loaded, latest_checkpoint, load_optimizer, optimizer_tensors, read_checkpoint, save_checkpoint
+from .checkpoint import (
+    CheckpointError,
+    Loaded,
+    latest_checkpoint,
+    load_optimizer,
+    optimizer_tensors,
+    read_checkpoint,
+    save_checkpoint,
+)
 from .config import TrainConfig
 from .distributed import Alone, joined
 from .guards import Watch, check_finite
@@ -140,7 +148,7 @@ def _begin(mllm: MLLM, method: Method, stream: Stream, config: TrainConfig, fold
     # experts have to be drawn alike in a run and its continuation, so the digest comes before the method's set-up
     run = Run(mllm, method, stream, config, folder, config.sha256(description), processes)
     method.autocast, method.processes = functools.partial(_autocast, run), processes
-    found = _newest_checkpoint(run)
+    found = _newest_checkpoint(run, description)
     if found is not None and config.resume == "never":
         raise RuntimeError(f"{folder} holds a run already (checkpoint {found.path.name}); resume=auto continues it")
     method.setup(mllm, stream)
@@ -171,12 +179,24 @@ def _lay_experts(mllm: MLLM, by_columns: bool) -> None:
         mllm.lay_experts(by_columns=by_columns)
 
 
-def _newest_checkpoint(run: Run) -> Loaded | None:
+def _newest_checkpoint(run: Run, description: dict) -> Loaded | None:
     """What to go on from, the same in every process; the first one looks."""
     folder, found = run.folder / "checkpoints", None
     if run.processes.is_first:
         records.check_processes(run)
-        found = latest_checkpoint(folder, config_sha256=run.digest)
+        try:
+            found = latest_checkpoint(folder, config_sha256=run.digest)
+        except CheckpointError as error:
+            reason = records.other_run(run.folder, run.config, description)
+            if reason is None:
+                raise
+            raise CheckpointError(f"{run.folder} holds another run: {reason}; take another folder") from error
+        results = [name for name in ("adapters", "metrics.json") if (run.folder / name).exists()]
+        if found is None and results:
+            raise CheckpointError(
+                f"{run.folder} holds {' and '.join(results)} of a run but none of its checkpoints: take another "
+                "folder, or move this one away to start anew"
+            )
     name = run.processes.broadcast(None if found is None else found.path.name)
     if name is None or run.processes.is_first:
         return found

@@ -162,6 +162,33 @@ def describe(mllm: MLLM, method: Method, stream: Stream, num_processes: int = 1)
     }
 
 
+def other_run(folder: Path, config: TrainConfig, description: dict) -> str | None:
+    """How the run whose config.yaml is in the folder differs from this one, in words; None where it does not."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        return None
+    before = _told(yaml.safe_load(path.read_text(encoding="utf-8")))
+    now = _told(json.loads(json.dumps({**description, "train": config.deciding()})))
+    both = [name for name in now if name in before and before[name] != now[name]]
+    return "; ".join(f"{name} was {before[name]!r}, is {now[name]!r}" for name in both[:3]) or None
+
+
+def _told(values: dict) -> dict[str, object]:
+    """Every value of a run's description by its way there, and what its tasks are."""
+    tasks = values["stream"]["tasks"]
+    told = {"processes": 1, **values, "tasks": ", ".join(f"{t['name']} ({t['train']} + {t['test']})" for t in tasks)}
+    return _flat(told)
+
+
+def _flat(values: object, name: str = "") -> dict[str, object]:
+    if not isinstance(values, (dict, list)):
+        return {name: values}
+    found: dict[str, object] = {}
+    for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+        found |= _flat(value, f"{name}.{key}" if name else str(key))
+    return found
+
+
 def write_config(folder: Path, config: TrainConfig, description: dict) -> None:
     """config.yaml: the resolved options and the versions they met."""
     values = {**description, "train": asdict(config), "versions": versions(), "started": now()}

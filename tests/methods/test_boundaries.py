@@ -176,8 +176,22 @@ def test_a_package_of_its_own_brings_a_method(tmp_path):
     facts = tmp_path / "theirs-1.0.dist-info"
     facts.mkdir()
     (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
-    (facts / "entry_points.txt").write_text("[mllmcl.methods]\ntheirs = theirs:Theirs\n")
+    (tmp_path / "raises.py").write_text("1 / 0\n")
+    broken = "gone = nothing_of_the_kind:X\nraises = raises:X\nplain = os:path\nlora = theirs:Theirs\n"
+    (facts / "entry_points.txt").write_text(f"[mllmcl.methods]\ntheirs = theirs:Theirs\n{broken}")
     path = os.pathsep.join([str(tmp_path), str(Path(methods.__file__).parents[2])])
     command = [sys.executable, "-m", "mllmcl", "methods"]
     found = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True)
-    assert "from outside" in found.stdout and "theirs" in found.stdout
+    assert "from outside" in found.stdout and "theirs" in found.stdout and "mr_lora" in found.stdout
+    for words in (
+        "entry point gone = nothing_of_the_kind:X cannot be loaded: ModuleNotFoundError",
+        "entry point raises = raises:X cannot be loaded: ZeroDivisionError",
+        "entry point plain = os:path is no class derived from mllmcl.methods.Method",
+        "entry point lora = theirs:Theirs has the name of a method that is here already",
+    ):
+        assert found.stderr.count(words) == 1, found.stderr
+    code = "import mllmcl; mllmcl.methods.create('lora'); mllmcl.methods.create('gone')"
+    found = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert "ValueError: method gone: entry point gone = nothing_of_the_kind:X cannot be loaded" in found.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +100,14 @@ def test_a_stream_needs_tasks_of_different_names():
     first = stream(sample("1")).tasks[0]
     with pytest.raises(ValueError, match="stream made-up: task toy occurs twice"):
         stream(tasks=(first, first)).validate()
+
+
+@pytest.mark.parametrize("name", ["../up", "/root", "a/b", "a\\b", "..", ".hidden", "", " a", "a\n", "a:b", "x" * 201])
+def test_a_task_is_called_as_a_file_may_be(name):
+    """Its adapter and its predictions lie under its name in the run's folder, and nowhere else."""
+    first = stream(sample("1")).tasks[0]
+    with pytest.raises(ValueError, match="is no name of a file"):
+        stream(tasks=(replace(first, name=name),)).validate()
 
 
 def test_many_problems_are_counted():

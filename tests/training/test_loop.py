@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -155,12 +156,24 @@ def test_a_finished_run_is_not_trained_again(finished):
 
 def test_a_folder_of_another_run_is_refused(finished):
     _, folder = finished
-    with pytest.raises(CheckpointError, match="config"):
+    with pytest.raises(CheckpointError, match=r"holds another run: train.seed was 0, is 1; take another folder"):
         make_run(folder, seed=1)
-    with pytest.raises(CheckpointError, match="config"):
+    with pytest.raises(CheckpointError, match=r"method.options.rank was 8, is 4"):
         make_run(folder, options={"rank": 4})
     with pytest.raises(RuntimeError, match="holds a run already"):
         make_run(folder, resume="never")
+
+
+def test_results_without_checkpoints_are_not_written_over(finished, tmp_path):
+    """What a finished run has left stays, whoever lost its checkpoints."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished[1], folder)
+    shutil.rmtree(folder / "checkpoints")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(CheckpointError, match=r"adapters and metrics.json of a run but none of its checkpoints"):
+        make_run(folder)
+    kept = {path: path.read_bytes() for path in folder.rglob("*") if path in before}
+    assert kept == before
 
 
 def test_accumulated_batches_equal_one_large_batch(tmp_path):
