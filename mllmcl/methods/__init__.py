@@ -105,9 +105,9 @@ def create(name: str, **options) -> Method:
     if unknown:
         raise TypeError(f"method {name} takes {', '.join(known)}, got {', '.join(unknown)}")
     check_types(method, options, f"method {name}: ")
+    made = method(**options)
+    made.check_options()
     for option, value in options.items():
         if isinstance(value, float) and math.isnan(value):
             raise ValueError(f"method {name}: {option} must be a number, got nan")
-    made = method(**options)
-    made.check_options()
     return made
