@@ -268,11 +268,13 @@ def _report(arguments: list[str]) -> int:
     parser.add_argument("--output", type=Path, default=None, help="the page; by default report.html of a single run")
     options = parser.parse_args(arguments)
     from .evaluation import Report, write_report
+    from .evaluation.matrix import tell_apart
 
     output = options.output or (options.runs[0] if len(options.runs) == 1 else options.runs[0].parent) / "report.html"
     reports = [Report.load(folder) for folder in options.runs]
     write_report(options.runs, output)
-    print(Report.compare(reports))
+    names = tell_apart([(report.matrix, folder) for report, folder in zip(reports, options.runs, strict=True)])
+    print(Report.compare(reports, names))
     print(f"report: {output}")
     return 0
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..files import atomic_write_json
 
-__all__ = ["AccuracyMatrix", "Cells"]
+__all__ = ["AccuracyMatrix", "Cells", "tell_apart"]
 
 
 @dataclass(frozen=True)
@@ -188,3 +188,17 @@ class AccuracyMatrix:
             return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: not an accuracy matrix: {error}") from error
+
+
+def tell_apart(runs: Sequence[tuple[AccuracyMatrix, Path]]) -> list[str]:
+    """What tells runs, matrix and folder, apart: method, else method and seed, else the folder's name."""
+    for label in (
+        lambda matrix, folder: matrix.method or folder.name,
+        lambda matrix, folder: f"{matrix.method or folder.name}, seed {matrix.seed}",
+        lambda matrix, folder: folder.name,
+        lambda matrix, folder: str(folder),
+    ):
+        names = [label(*run) for run in runs]
+        if len(set(names)) == len(names):
+            break
+    return names

@@ -11,6 +11,7 @@ from pathlib import Path
 from ..files import atomic_write
 from . import charts
 from .charts import NONE, percent, signed
+from .matrix import tell_apart
 from .metrics import METRICS
 from .page_style import STYLE
 from .run_files import RunFiles, TaskCost, read_run
@@ -56,7 +57,7 @@ def write_report(runs: Sequence[str | Path], out: str | Path) -> None:
 
 
 def _page(runs: list[RunFiles]) -> str:
-    names = _labels(runs)
+    names = tell_apart([(run.matrix, run.folder) for run in runs])
     sections = (
         _header(runs, names),
         _headline(runs, names),
@@ -80,20 +81,6 @@ def _page(runs: list[RunFiles]) -> str:
         + "\n".join(section for section in sections if section)
         + "\n<footer>Made by mllmcl from the files of the run folder.</footer>\n</main>\n</body>\n</html>\n"
     )
-
-
-def _labels(runs: list[RunFiles]) -> list[str]:
-    """What tells the runs apart: method, else method and seed, else the folder's name."""
-    for label in (
-        lambda run: run.matrix.method or run.folder.name,
-        lambda run: f"{run.matrix.method or run.folder.name}, seed {run.matrix.seed}",
-        lambda run: run.folder.name,
-        lambda run: str(run.folder),
-    ):
-        names = [label(run) for run in runs]
-        if len(set(names)) == len(names):
-            break
-    return names
 
 
 def _section(title: str, lead: str, *parts: str) -> str:

@@ -80,18 +80,24 @@ class Report:
         return "\n".join([*lines, "", *(f"{label:<{label_width}}  {text:>{width}}" for label, text in facts)])
 
     @staticmethod
-    def compare(reports: Sequence[Report]) -> str:
+    def compare(reports: Sequence[Report], names: Sequence[str] | None = None) -> str:
         """A plain-text table of several runs, one column each: the last score of every task, then the headline numbers.
 
         Scores are in percent. A task that a run does not have, or a number it has not measured, is "-".
 
+        Args:
+            names: what the columns are called, None for the methods.
+
         Raises:
-            ValueError: no report.
+            ValueError: no report, or not a name for each.
         """
         if not reports:
             raise ValueError("reports: expected at least one")
         tasks = list(dict.fromkeys(name for report in reports for name in report.matrix.tasks))
-        rows = [("after the last task", *(report.matrix.method or "-" for report in reports))]
+        names = [report.matrix.method or "-" for report in reports] if names is None else names
+        if len(names) != len(reports):
+            raise ValueError(f"names: expected one for each of the {len(reports)} reports, got {len(names)}")
+        rows = [("after the last task", *names)]
         rows += [(name, *(_percent(report._last(name)) for report in reports)) for name in tasks]
         facts = [report._facts() for report in reports]
         for lines in zip(*facts, strict=True):

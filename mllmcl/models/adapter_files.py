@@ -268,11 +268,14 @@ def _first(names: Iterable[str], separator: str = ", ") -> str:
 # -- from a model
 
 
-def export_expert(mllm, expert_index: int, folder: str | os.PathLike) -> Path:
+def export_expert(mllm, expert_index: int, folder: str | os.PathLike, note: str = "") -> Path:
     """Write expert `expert_index` of an `MLLM` as a PEFT folder, with its projector and the learned routers beside it.
 
     The projector is the expert's copy if it has one, else the shared one if it trains or the model was composed (then
     no published base model has it).
+
+    Args:
+        note: a sentence for its README.
 
     Raises:
         ValueError: there are no experts, or not that many.
@@ -288,7 +291,8 @@ def export_expert(mllm, expert_index: int, folder: str | os.PathLike) -> Path:
         layers,
         scaling=scaling[expert_index],
         description=f"Expert {expert_index} of {len(ranks)} (counted from 0) of a continual-learning run with mllmcl."
-        + _merged_note(mllm.experts.num_merged),
+        + _merged_note(mllm.experts.num_merged)
+        + (f" {note}" if note else ""),
         projector=_projector(mllm, expert_index),
         router=_routers(mllm),
         **_belongs_to(mllm),

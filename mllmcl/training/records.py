@@ -364,9 +364,12 @@ def write_adapters(run: Run, task: Task) -> None:
     if not mllm.expert_layers or not run.method.exports or not run.processes.is_first:
         return
     trained = [place for place, flag in enumerate(mllm.experts.trainable) if flag]
+    note = f"Method {run.method.name}; at test it needs: {run.method.at_test}."
+    if mllm.experts.num_experts > 1 and not run.method.isolated:
+        note += " An answer of the run may come from several experts at once, which one adapter alone does not give."
     for expert in trained:
         folder = run.folder / "adapters" / task.name
-        export_expert(mllm, expert, folder if len(trained) == 1 else folder / f"expert{expert}")
+        export_expert(mllm, expert, folder if len(trained) == 1 else folder / f"expert{expert}", note)
 
 
 def write_samples(run: Run) -> None:

@@ -3,13 +3,14 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 from mllmcl.evaluation import AccuracyMatrix, Report, write_report
-from mllmcl.evaluation.report import _labels
+from mllmcl.evaluation.matrix import tell_apart
 from mllmcl.evaluation.run_files import read_run
 
 from .made_up import NOTE, TASKS, make_run
@@ -246,14 +247,6 @@ def test_runs_over_other_tasks_are_refused(runs, tmp_path):
         write_report(runs[0], tmp_path / "x.html")
 
 
-def test_labels_tell_runs_apart(runs, tmp_path):
-    first, second = (read_run(folder) for folder in runs)
-    assert _labels([first, second]) == ["made_up_router", "made_up_finetune"]
-    again = read_run(make_run(tmp_path / "again", seed=1, num_test=4))
-    assert _labels([first, again]) == ["made_up_router, seed 0", "made_up_router, seed 1"]
-    assert _labels([first, read_run(make_run(tmp_path / "third", num_test=4))]) == ["one", "third"]
-
-
 def test_a_resumed_run_counts_steps_once_and_no_pause(run):
     before, starts = read_run(run).losses()
     costs = read_run(run).costs()
@@ -340,6 +333,20 @@ def test_comparison_table(runs):
     assert "router accuracy" in rows and "seconds per step" in rows and "share of the step in expert mixing" in rows
     with pytest.raises(ValueError, match="reports: expected at least one"):
         Report.compare([])
+    with pytest.raises(ValueError, match="names: expected one for each of the 1 reports, got 0"):
+        Report.compare(reports[:1], [])
+
+
+def test_runs_of_one_method_are_told_apart(tmp_path):
+    matrix = AccuracyMatrix(tasks=("a",), zero_shot=(None,), scores=((0.8,),), method="lora", seed=0)
+    other = replace(matrix, seed=1)
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert tell_apart([(matrix, one), (replace(matrix, method="mage"), two)]) == ["lora", "mage"]
+    assert tell_apart([(matrix, one), (other, two)]) == ["lora, seed 0", "lora, seed 1"]
+    assert tell_apart([(matrix, one), (matrix, two)]) == ["one", "two"]
+    assert tell_apart([(matrix, one), (matrix, two / "one")]) == [str(one), str(two / "one")]
+    reports = [Report(matrix=matrix, metrics={}), Report(matrix=other, metrics={})]
+    assert "lora, seed 1" in Report.compare(reports, ["lora, seed 0", "lora, seed 1"]).splitlines()[0]
 
 
 def test_plot_holds_every_cell(runs):

@@ -121,6 +121,7 @@ def test_a_run_folder_holds_what_it_should(finished):
         assert (folder / name).stat().st_size > 0
     assert sorted(path.name for path in (folder / "adapters").iterdir()) == ["t0", "t1", "t2"]
     assert (folder / "adapters/t1/adapter_model.safetensors").exists()
+    assert "Method mr_lora; at test it needs: nothing: a router" in (folder / "adapters/t1/README.md").read_text()
     assert len(list((folder / "predictions").glob("*.jsonl"))) == 4
     assert report.matrix.num_learned == 3 and report.matrix.zero_shot is not None
     metrics = json.loads((folder / "metrics.json").read_text())
