@@ -176,8 +176,12 @@ def other_run(folder: Path, config: TrainConfig, description: dict) -> str | Non
 def _told(values: dict) -> dict[str, object]:
     """Every value of a run's description by its way there, and what its tasks are."""
     tasks = values["stream"]["tasks"]
-    told = {"processes": 1, **values, "tasks": ", ".join(f"{t['name']} ({t['train']} + {t['test']})" for t in tasks)}
-    return _flat(told)
+    rest = {name: value for name, value in values.items() if name != "processes"}
+    return {
+        "number of processes": values.get("processes", 1),
+        "tasks": ", ".join(f"{task['name']} ({task['train']} + {task['test']})" for task in tasks),
+        **_flat(rest),
+    }
 
 
 def _flat(values: object, name: str = "") -> dict[str, object]:
