@@ -140,9 +140,10 @@ def test_shrink(benchmark, shrink_case: ShrinkCase, device, dtype, rounds):
     field = {"product": lambda: F.linear(x, a), "product, then gates": product_and_gates}
     if device.type == "cuda" and not isinstance(REGISTRY["lora_mix"].find("triton"), str):
         from mllmcl_kernels.ops.lora_mix.triton import shrink
+        from mllmcl_kernels.triton_tools import Gating
 
-        ranks = (case.rank // experts,) * experts
-        field = {"ours": lambda: shrink(x, a, gates, ranks, (1.0,) * experts), **field}
+        by = Gating.of(gates, (case.rank // experts,) * experts, (1.0,) * experts, x)
+        field = {"ours": lambda: shrink(x, a, None, 0.0, by), **field}
         tuned(record, field["ours"], device)
     race(record, field, device, few(rounds))
     benchmark.pedantic(field["product"], rounds=1)

@@ -174,9 +174,10 @@ class Op:
     cost           (*args) -> Cost, for the roofline
     examine        (*args), raises for values that only a run can see, in a compiled graph as well; not for kernels of a
                    device, which raise in their own way
-    setup_context, backward     the autograd formula; `backward` usually calls another Op
+    setup_context, backward     the autograd formula; `backward` usually calls another Op. An op that returns a list of
+                   tensors is given the list of their gradients. The gradient of a list is a list as long
     mutates        names of arguments written in place
-    autocast       names of tensor arguments cast to the autocast dtype (the rest stays as it came)
+    autocast       names of tensor arguments, lists too, cast to the autocast dtype (the rest stays as it came)
     constants      names of floating tensor arguments that get no gradient
     aside          places of the floating outputs that pass no gradient on, such as what only the backward reads
     tolerance      factor of the error rule where it has to differ from 2, with `tolerance_reason` in words
@@ -218,6 +219,7 @@ class Op:
         self.tensor_places = [place for place, kind in enumerate(kinds) if kind in ("Tensor", "Optional[Tensor]")]
         self.list_places = [place for place, kind in enumerate(kinds) if kind.startswith("List") and "Tensor" in kind]
         self.mutated_places = [self.argument_names.index(name) for name in self.mutates]
+        self.returns_list = [str(result.type) for result in self.overload._schema.returns] == ["List[Tensor]"]
         if self.backward is not None:
             torch.library.register_autograd(qualified, self.backward, setup_context=self._setup_context, lib=LIBRARY)
         elif not self.mutates:
@@ -280,14 +282,21 @@ class Op:
                     args = _in_lists(args, ctx.lengths)
                 output = op._run(*args, backend=ctx.backend)
                 op.setup_context(ctx, args, output)
-                return output
+                return tuple(output) if op.returns_list else output
 
             @staticmethod
             def backward(ctx, *grads):
-                grads = op.backward(ctx, *grads)
-                if ctx.lengths is not None:
-                    grads = _in_a_row(grads, ctx.lengths)
-                return (*grads, None, None)
+                given = (list(grads),) if op.returns_list else grads
+                if ctx.lengths is None:
+                    return (*op.backward(ctx, *given), None, None)
+                flat = ctx.needs_input_grad
+                try:
+                    ctx.needs_input_grad = tuple(_in_lists(flat[:-2], ctx.lengths))
+                    row = _in_a_row(op.backward(ctx, *given), ctx.lengths)
+                finally:
+                    ctx.needs_input_grad = flat
+                # what is left as a list is an empty one
+                return (*(None if isinstance(grad, list) else grad for grad in row), None, None)
 
         Function.__name__ = Function.__qualname__ = self.name
         return Function
@@ -305,13 +314,15 @@ class Op:
         """The arguments that autocast casts, cast."""
         dtype = torch.get_autocast_dtype(device)
 
-        def is_cast(name: str, arg: object) -> bool:
+        def cast(arg: object) -> object:
+            if isinstance(arg, (list, tuple)):
+                return [cast(item) for item in arg]
             # float64 stays, as in torch's own operators
-            floating = name in self.autocast and isinstance(arg, Tensor) and arg.is_floating_point()
-            return floating and arg.dtype != torch.float64
+            floating = isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype != torch.float64
+            return arg.to(dtype) if floating else arg
 
         pairs = zip(self.argument_names, args, strict=False)
-        return [arg.to(dtype) if is_cast(name, arg) else arg for name, arg in pairs]
+        return [cast(arg) if name in self.autocast else arg for name, arg in pairs]
 
     def _run_autocast(self, device: str, *args, backend: str | None = None):
         with _without_autocast():

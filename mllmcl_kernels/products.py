@@ -11,7 +11,7 @@ from torch.library import Library
 
 from .library import machine_reason
 
-__all__ = ["has_few_rows", "product_nt"]
+__all__ = ["add_product_nt", "has_few_rows", "product_nt"]
 
 LIBRARY = Library("mllmcl_cpu", "FRAGMENT")
 LIBRARY.define("few_rows(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()")
@@ -61,6 +61,11 @@ def _pays_onednn(rows: int, b: Tensor) -> bool:
     return rows * b.numel() >= LEAST and (rows >= LEAST_ROWS or b.is_contiguous())
 
 
+def _runs_onednn(a: Tensor, b: Tensor) -> bool:
+    fits = HAS_ONEDNN and a.dtype == torch.float32 and a.device.type == "cpu" and torch._C._get_mkldnn_enabled()
+    return fits and _pays_onednn(a.shape[0], b)
+
+
 def product_nt(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """a b^T + bias of `[m, k]`, `[n, k]` and `[n]`, all of one dtype."""
     rows = a.shape[0]
@@ -68,7 +73,14 @@ def product_nt(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         out = a.new_empty(rows, b.shape[0])
         torch.ops.mllmcl_cpu.few_rows(a.contiguous(), b, None if bias is None else bias.contiguous(), out)
         return out
-    fits = HAS_ONEDNN and a.dtype == torch.float32 and a.device.type == "cpu" and torch._C._get_mkldnn_enabled()
-    if fits and _pays_onednn(rows, b):
+    if _runs_onednn(a, b):
         return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
     return torch.mm(a, b.t()) if bias is None else torch.addmm(bias, a, b.t())
+
+
+def add_product_nt(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += a b^T, in the product itself where the library that is the faster one here can."""
+    if has_few_rows(a) or _runs_onednn(a, b):
+        out.add_(product_nt(a, b))
+    else:
+        out.addmm_(a, b.t())

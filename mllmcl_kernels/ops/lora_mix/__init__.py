@@ -181,30 +181,30 @@ def _is_layer(x, weight, bias, lora_a, lora_b) -> bool:
     return weight.shape[1] == width == lora_a.shape[1] and lora_b.shape == (weight.shape[0], lora_a.shape[0])
 
 
-def check_layer(op: str, x, weight, bias, lora_a, lora_b) -> None:
-    """Types, dtypes, devices and shapes of the linear layer and its stacked adapters."""
+def check_layer(op: str, x, weight, bias, lora_a, lora_b, at: str = "") -> None:
+    """Types, dtypes, devices and shapes of the linear layer and its stacked adapters; `at`: its place in a list."""
     if _is_layer(x, weight, bias, lora_a, lora_b):
         return
     for name, value, optional in (
         ("x", x, False),
-        ("weight", weight, False),
-        ("bias", bias, True),
-        ("lora_a", lora_a, False),
-        ("lora_b", lora_b, False),
+        (f"weight{at}", weight, False),
+        (f"bias{at}", bias, True),
+        (f"lora_a{at}", lora_a, False),
+        (f"lora_b{at}", lora_b, False),
     ):
         expect_tensor(op, name, value, optional)
         if value is not None:
             expect_floating(op, name, value)
             expect_device(op, name, value, x.device)
     expect(x.dim() >= 1, op, "x", "of shape [..., d_in]", list(x.shape))
-    expect(weight.dim() == 2, op, "weight", "of shape [d_out, d_in]", list(weight.shape))
-    expect(lora_a.dim() == 2, op, "lora_a", "of shape [R, d_in]", list(lora_a.shape))
-    width = x.shape[-1]
-    expect(weight.shape[1] == width, op, "weight", f"[d_out, d_in] with d_in = {width} as in x", list(weight.shape))
-    expect_shape(op, "lora_a", lora_a, "[R, d_in]", (lora_a.shape[0], width))
-    expect_shape(op, "lora_b", lora_b, "[d_out, R]", (weight.shape[0], lora_a.shape[0]))
+    expect(weight.dim() == 2, op, f"weight{at}", "of shape [d_out, d_in]", list(weight.shape))
+    expect(lora_a.dim() == 2, op, f"lora_a{at}", "of shape [R, d_in]", list(lora_a.shape))
+    width, shape = x.shape[-1], list(weight.shape)
+    expect(weight.shape[1] == width, op, f"weight{at}", f"[d_out, d_in] with d_in = {width} as in x", shape)
+    expect_shape(op, f"lora_a{at}", lora_a, "[R, d_in]", (lora_a.shape[0], width))
+    expect_shape(op, f"lora_b{at}", lora_b, "[d_out, R]", (weight.shape[0], lora_a.shape[0]))
     if bias is not None:
-        expect_shape(op, "bias", bias, "[d_out]", (weight.shape[0],))
+        expect_shape(op, f"bias{at}", bias, "[d_out]", (weight.shape[0],))
 
 
 def check_dropout(op: str, dropout: float) -> float:
@@ -228,7 +228,7 @@ def _is_constant(value: object) -> bool:
 
 
 def check_call(
-    op: str, x, weight, bias, lora_a, lora_b, experts: int | None, ranks, scaling, trainable, dropout
+    op: str, x, weight, bias, lora_a, lora_b, experts: int | None, ranks, scaling, trainable, dropout, at: str = ""
 ) -> tuple[list[int], list[float], list[bool], float]:  # fmt: skip
     """Check layer and options; ranks, scalings and whether each trains, for every expert, and the dropout.
 
@@ -236,7 +236,7 @@ def check_call(
     """
 
     def check():
-        check_layer(op, x, weight, bias, lora_a, lora_b)
+        check_layer(op, x, weight, bias, lora_a, lora_b, at)
         resolved = resolve_experts(op, ranks, scaling, trainable, lora_a.shape[0], experts)
         return *resolved, check_dropout(op, dropout)
 
@@ -265,7 +265,25 @@ def check_call(
     return found
 
 
-def flatten_gates(op: str, gates: Tensor | None, lead: torch.Size, ranks: Sequence[int]) -> Tensor | None:
+def check_gates(op: str, name: str, gates: Tensor | None, x: Tensor, ranks) -> tuple[Tensor | None, int | None]:
+    """The gates, one for all experts expanded, and the number of experts that they tell."""
+    expect_tensor(op, name, gates, optional=True)
+    if gates is None:
+        return None, None
+    is_number = gates.dtype != torch.bool and not gates.is_complex()
+    expect(is_number, op, name, "floating or integer", gates.dtype, TypeError)
+    expect_device(op, name, gates, x.device)
+    if not gates.is_floating_point():
+        expect(ranks is not None, op, "ranks", "given with integer gates", None)
+        return gates, None
+    if ranks is not None and (gates.dim() == 0 or gates.shape[-1] == 1) and hasattr(ranks, "__len__"):
+        gates = gates.expand(*gates.shape[:-1], len(ranks))
+    return gates, gates.shape[-1] if gates.dim() else None
+
+
+def flatten_gates(
+    op: str, gates: Tensor | None, lead: torch.Size, ranks: Sequence[int], name: str = "gates"
+) -> Tensor | None:
     """Gates as [G, E] or ids as [G], where the T tokens are G runs of equal length that share a row."""
     if gates is None:
         return None
@@ -279,7 +297,7 @@ def flatten_gates(op: str, gates: Tensor | None, lead: torch.Size, ranks: Sequen
         expect(
             gates.dim() >= 1 and gates.shape[-1] == experts,
             op,
-            "gates",
+            name,
             f"broadcastable to [..., E] with E = {experts}",
             list(gates.shape),
         )
@@ -289,7 +307,7 @@ def flatten_gates(op: str, gates: Tensor | None, lead: torch.Size, ranks: Sequen
     fits = len(outer) <= len(lead) and all(
         have in (1, want) for have, want in zip(outer[::-1], lead[::-1], strict=False)
     )
-    expect(fits, op, "gates", f"broadcastable to {[*lead, *(['E'] if floating else [])]}", list(gates.shape))
+    expect(fits, op, name, f"broadcastable to {[*lead, *(['E'] if floating else [])]}", list(gates.shape))
     outer = (1,) * (len(lead) - len(outer)) + tuple(outer)
     split = len(lead)
     # without tokens there are no runs to share a row
@@ -362,24 +380,7 @@ def lora_mix(
     """
     op = "lora_mix"
     expect_tensor(op, "x", x)
-    expect_tensor(op, "gates", gates, optional=True)
-    experts = None
-    if gates is not None:
-        expect(
-            gates.dtype != torch.bool and not gates.is_complex(),
-            op,
-            "gates",
-            "floating or integer",
-            gates.dtype,
-            TypeError,
-        )
-        expect_device(op, "gates", gates, x.device)
-        if gates.is_floating_point():
-            if ranks is not None and (gates.dim() == 0 or gates.shape[-1] == 1) and hasattr(ranks, "__len__"):
-                gates = gates.expand(*gates.shape[:-1], len(ranks))
-            experts = gates.shape[-1] if gates.dim() else None
-        else:
-            expect(ranks is not None, op, "ranks", "given with integer gates", None)
+    gates, experts = check_gates(op, "gates", gates, x, ranks)
     ranks, scaling, trainable, dropout = check_call(
         op, x, weight, bias, lora_a, lora_b, experts, ranks, scaling, trainable, dropout
     )

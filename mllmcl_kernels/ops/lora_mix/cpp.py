@@ -18,7 +18,7 @@ from ...products import has_few_rows, product_nt
 from . import lora_mix_backward_op, lora_mix_op
 from .reference import expert_of_rank
 
-__all__ = ["dropped", "float_path", "lora_gradients", "mixed_ranks", "rank_tables"]
+__all__ = ["by_rank", "dropped", "float_path", "lora_gradients", "mixed_ranks", "rank_tables"]
 
 LIBRARY = Library("mllmcl_cpu", "FRAGMENT")
 LIBRARY.define(
@@ -173,7 +173,7 @@ def lora_mix_cpp(x, weight, bias, lora_a, lora_b, gates, seed, ranks, scaling, t
     return y, s
 
 
-def _by_rank(ranked: Tensor, wide: Tensor, ranks, trainable) -> Tensor:
+def by_rank(ranked: Tensor, wide: Tensor, ranks, trainable) -> Tensor:
     """ranked^T wide `[R, D]` of `[T, R]` and `[T, D]`, for the trainable ranks alone; the rest is zero."""
     first, last, keep = _trained_span(tuple(ranks), tuple(trainable))
     product = product_nt(ranked[:, first:last].t(), wide.t())
@@ -195,9 +195,9 @@ def lora_gradients(
     whole = (first, last) == (0, total)
     da, db = empty, empty
     if needs_a:
-        da = _by_rank(ds, x_dropped, ranks, trainable)
+        da = by_rank(ds, x_dropped, ranks, trainable)
     if needs_b and by_columns(lora_b):
-        db = _by_rank(mixed, dy, ranks, trainable).t()
+        db = by_rank(mixed, dy, ranks, trainable).t()
     elif needs_b:
         part = torch.mm(dy.t(), mixed[:, first:last])
         db = part if whole else dy.new_zeros(dy.shape[1], total)

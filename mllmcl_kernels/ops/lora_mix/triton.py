@@ -305,13 +305,6 @@ def _lora_mix_bwd_da_kernel(
 # -- forward ----------------------------------------------------------------------------------------------------------
 
 
-def shrink(
-    x: Tensor, lora_a: Tensor, gates: Tensor | None, ranks: Sequence[int], scaling: Sequence[float]
-) -> tuple[Tensor, Tensor]:
-    """s = x A^T and s * G, [T, R] in x's dtype."""
-    return _shrink(x, lora_a, None, 0.0, Gating.of(gates, ranks, scaling, x))
-
-
 #: torch's product in place of a tile of ours, with the gates in a kernel behind it
 TORCH = Tile(0, 0, 0, 0, 0)
 
@@ -340,7 +333,7 @@ def _rank_launch(name: str, tokens: int, width: int, rank: int, like: Tensor, ru
     attempt(pick_tile(key, choices, like.device, attempt))
 
 
-def _shrink(x: Tensor, lora_a: Tensor, seed: Tensor | None, dropout: float, by: Gating) -> tuple[Tensor, Tensor]:
+def shrink(x: Tensor, lora_a: Tensor, seed: Tensor | None, dropout: float, by: Gating) -> tuple[Tensor, Tensor]:
     """s = drop(x) A^T and s * G, [T, R] in x's dtype."""
     (tokens, width), rank = x.shape, lora_a.shape[0]
     s, mixed = x.new_empty(tokens, rank), x.new_empty(tokens, rank)
@@ -422,7 +415,7 @@ def mix(
     def run(grouping: Grouping) -> tuple[Tensor, Tensor]:
         pairs = pairs_by_expert(choice, x.shape[0], by, grouping)
         if pairs is None:
-            s, mixed = _shrink(x, lora_a, seed, dropout, by)
+            s, mixed = shrink(x, lora_a, seed, dropout, by)
         else:
             s, mixed = grouped_shrink(x, lora_a, seed, dropout, ranks, by, pairs)
         return add_product(x, weight, bias, mixed, lora_b), s
