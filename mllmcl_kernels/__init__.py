@@ -8,6 +8,7 @@ from .ops.ema_update import ema_update_
 from .ops.importance_update import importance_update_
 from .ops.lora_mix import lora_mix
 from .ops.lora_mix_routed import lora_mix_routed
+from .ops.lora_mix_routed_shared import lora_mix_routed_shared
 from .ops.lora_mix_shared import lora_mix_shared
 from .ops.mask_grads import mask_grads_
 from .ops.masked_adamw import masked_adamw_
@@ -31,6 +32,7 @@ __all__ = [
     "importance_update_",
     "lora_mix",
     "lora_mix_routed",
+    "lora_mix_routed_shared",
     "lora_mix_shared",
     "mask_grads_",
     "masked_adamw_",

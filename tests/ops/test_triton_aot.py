@@ -33,6 +33,7 @@ from mllmcl_kernels.ops.ema_update.reference import CONSTANT, DEMA, PEMA  # noqa
 from mllmcl_kernels.ops.importance_update import triton as importance_update  # noqa: E402
 from mllmcl_kernels.ops.lora_mix import triton as lora_mix  # noqa: E402
 from mllmcl_kernels.ops.lora_mix_routed import triton as lora_mix_routed  # noqa: E402
+from mllmcl_kernels.ops.lora_mix_routed_shared import triton as lora_mix_routed_shared  # noqa: E402
 from mllmcl_kernels.ops.mask_grads import triton as mask_grads  # noqa: E402
 from mllmcl_kernels.ops.masked_adamw import triton as masked_adamw  # noqa: E402
 from mllmcl_kernels.ops.orthogonality_loss import triton as orthogonality_loss  # noqa: E402
@@ -130,6 +131,22 @@ def mix_calls(dtype: torch.dtype, tokens: int, rank: int, experts: int, dropout:
         options = (min(2, experts), "softmax", 1.0, True, False)
         layer = (x, weight, None, lora_a, lora_b, router, None, None, None, None)
         lora_mix_routed.lora_mix_routed_triton(*layer, *options, *experts_of)
+
+
+def shared_calls(dtype: torch.dtype, tokens: int, rank: int, experts: int, width: int = 4096) -> None:
+    """Three linears that share x, each with its router, forward and backward."""
+    x, total = empty(tokens, width, dtype=dtype), rank * experts
+    kinds = [
+        [empty(*shape, dtype=dtype)] * 3
+        for shape in ((width, width), (total, width), (width, total), (experts, width))
+    ]  # fmt: skip
+    weight, *rest = kinds
+    options = (min(2, experts), "softmax", 1.0, True, False, [rank] * experts, [1.0] * experts, [True] * experts, 0.0)
+    s, gates, indices, values, logits, probs, *y = lora_mix_routed_shared.lora_mix_routed_shared_triton(
+        x, weight, [], *rest, [], None, None, None, *options
+    )
+    grads, saved = (y, gates, values, logits, probs), (x, *kinds, None, s, gates, indices, probs)
+    lora_mix_routed_shared.lora_mix_routed_shared_backward_triton(*grads, *saved, *options[1:], [True] * 7)
 
 
 def few_calls(dtype: torch.dtype, tokens: int, rank: int, experts: int, width: int = 4096) -> None:
@@ -251,6 +268,8 @@ def launches(dtype: torch.dtype, architecture: int) -> list[Launch]:
             # the same in either half
             few_calls(dtype, 1, 16, 8)
             few_calls(dtype, 64, 16, 8)
+            shared_calls(dtype, 512, 16, 8)
+            shared_calls(dtype, 16384, 16, 8)
             grouped_mix_calls(dtype, 64, 16, 0.0)
             grouped_mix_calls(dtype, 16, 24, 0.1)
         grouped_calls(dtype, rank=16)

@@ -57,9 +57,11 @@ __all__ = [
     "adapter_gradients",
     "input_gradient",
     "mix",
+    "mix_ranks",
     "pick_grouping",
     "rank_gradients",
     "shrink",
+    "shrink_planes",
     "trainable_runs",
 ]
 
@@ -135,10 +137,10 @@ def _lora_mix_shrink_kernel(
 
 @triton.jit
 def _lora_mix_gate_kernel(
-    planes_ptr, s_ptr, mixed_ptr, gates_ptr, owner_ptr, scale_ptr, flag_ptr, T, R, run, num_experts,
+    planes_ptr, s_ptr, mixed_ptr, gates_ptr, owner_ptr, scale_ptr, flag_ptr, T, R, run, num_experts, width,
     KIND: tl.constexpr, SPLIT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """s from its planes in fixed order and s * G; with SPLIT = 0 only s * G from s."""
+    """s from its planes [SPLIT, T, width] in fixed order and s * G; with SPLIT = 0 only s * G from s."""
     rows, cols = rows_and_ranks(T, R, BLOCK_T, BLOCK_R)
     row_mask, col_mask = rows < T, cols < R
     inside = row_mask[:, None] & col_mask[None, :]
@@ -147,8 +149,9 @@ def _lora_mix_gate_kernel(
         s = tl.load(s_ptr + places, mask=inside, other=0.0).to(tl.float32)
     else:
         s = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
+        from_ptr = planes_ptr + rows[:, None] * width + cols[None, :]
         for split in range(SPLIT):
-            s += tl.load(planes_ptr + tl.cast(split, tl.int64) * T * R + places, mask=inside, other=0.0)
+            s += tl.load(from_ptr + tl.cast(split, tl.int64) * T * width, mask=inside, other=0.0)
         tl.store(s_ptr + places, s.to(s_ptr.dtype.element_ty), mask=inside)
     if KIND == _IDS:
         note_wrong_ids(flag_ptr, gates_ptr, rows, row_mask, run, num_experts)
@@ -317,7 +320,9 @@ def _split(programs: int, width: int, like: Tensor) -> int:
     return split
 
 
-def _rank_launch(name: str, tokens: int, width: int, rank: int, like: Tensor, run, dropout: float = 0.0) -> None:
+def _rank_launch(
+    name: str, tokens: int, width: int, rank: int, like: Tensor, run, dropout: float = 0.0, only_ours: bool = False
+) -> None:
     """Run `run(tile, n, split)` with the tile for this size; splits where the tokens alone leave processors idle."""
 
     def attempt(tile: Tile) -> None:
@@ -328,7 +333,7 @@ def _rank_launch(name: str, tokens: int, width: int, rank: int, like: Tensor, ru
 
     key = (name, bucket(tokens), width, rank, dropout > 0.0, like.dtype)
     choices = TILES.rank.candidates(tokens, like.dtype)
-    if dropout == 0.0 and like.dtype != torch.float32:
+    if dropout == 0.0 and like.dtype != torch.float32 and not only_ours:
         choices = (*choices, TORCH)
     attempt(pick_tile(key, choices, like.device, attempt))
 
@@ -341,26 +346,31 @@ def shrink(x: Tensor, lora_a: Tensor, seed: Tensor | None, dropout: float, by: G
     def run(tile: Tile, n: int, split: int) -> None:
         if tile == TORCH:
             torch.mm(x, lora_a.t(), out=s)
-            _mix(s, s, mixed, 0, by)
+            mix_ranks(s, s, mixed, 0, by)
             return
         planes = x.new_empty(split, tokens, rank, dtype=torch.float32) if split > 1 else s
         _launch_shrink(x, lora_a, s, mixed, planes, seed, dropout, by, tile, n, split, split > 1)
         if split > 1:
-            _mix(planes, s, mixed, split, by)
+            mix_ranks(planes, s, mixed, split, by)
 
     _rank_launch("lora_mix_shrink", tokens, width, rank, x, run, dropout)
     return s, mixed
 
 
-def _shrink_planes(x: Tensor, lora_a: Tensor, seed: Tensor | None, dropout: float, by: Gating) -> Tensor:
-    """float32 [P, T, R] that add up to s = drop(x) A^T."""
+def shrink_planes(x: Tensor, lora_a: Tensor, seed: Tensor | None = None, dropout: float = 0.0) -> Tensor:
+    """float32 [P, T, R] that add up to drop(x) A^T."""
     (tokens, width), rank = x.shape, lora_a.shape[0]
-    tile = TILES.rank.candidates(tokens, x.dtype)[0]
-    n = min(tile.n, power_of_two(rank))
-    split = _split(ceil_div(tokens, tile.m) * ceil_div(rank, n), width, x)
-    planes = x.new_empty(split, tokens, rank, dtype=torch.float32)
-    _launch_shrink(x, lora_a, planes, planes, planes, seed, dropout, by, tile, n, split, True)
-    return planes
+    # planes know no gates
+    by = Gating.of(None, [rank], [1.0], x)
+    made: list[Tensor] = []
+
+    def run(tile: Tile, n: int, split: int) -> None:
+        planes = x.new_empty(split, tokens, rank, dtype=torch.float32)
+        _launch_shrink(x, lora_a, planes, planes, planes, seed, dropout, by, tile, n, split, True)
+        made[:] = [planes]
+
+    _rank_launch("lora_mix_planes", tokens, width, rank, x, run, dropout, only_ours=True)
+    return made[0]
 
 
 def _launch_shrink(x, lora_a, s, mixed, planes, seed, dropout, by: Gating, tile: Tile, n: int, split: int, cut: bool):
@@ -376,12 +386,13 @@ def _launch_shrink(x, lora_a, s, mixed, planes, seed, dropout, by: Gating, tile:
     )  # fmt: skip
 
 
-def _mix(planes: Tensor, s: Tensor, mixed: Tensor, split: int, by: Gating) -> None:
+def mix_ranks(planes: Tensor, s: Tensor, mixed: Tensor, split: int, by: Gating) -> None:
+    """s * G into `mixed`, from s, or with `split` from planes [split, T, at least R], of which s is written too."""
     (tokens, rank), tile = s.shape, TILES.gate
     n = min(tile.n, power_of_two(rank))
     launch(
         _lora_mix_gate_kernel, (ceil_div(tokens, tile.m) * ceil_div(rank, n),),
-        planes, s, mixed, by.gates, by.owner, by.scale, by.flag, tokens, rank, by.run, by.experts,
+        planes, s, mixed, by.gates, by.owner, by.scale, by.flag, tokens, rank, by.run, by.experts, planes.shape[-1],
         KIND=by.kind, SPLIT=split, BLOCK_T=tile.m, BLOCK_R=n, warps=tile.warps,
     )  # fmt: skip
 
@@ -409,7 +420,7 @@ def mix(
     def by_launches(launches: Launches) -> tuple[Tensor, Tensor]:
         if launches.number > 2:
             return run(pick_grouping("lora_mix", x, lora_b, ranks, choice, run))
-        planes = _shrink_planes(x, lora_a, seed, dropout, by)
+        planes = shrink_planes(x, lora_a, seed, dropout)
         return few_tokens_product(x, weight, bias, planes, lora_b, by)
 
     def run(grouping: Grouping) -> tuple[Tensor, Tensor]:
@@ -531,9 +542,13 @@ def _dropped_da(ds: Tensor, x: Tensor, seed: Tensor, dropout: float, first: int,
 
 def adapter_gradients(
     dy: Tensor, x: Tensor, ds: Tensor, mixed: Tensor, lora_b: Tensor, seed: Tensor | None, dropout: float,
-    ranks: Sequence[int], trainable: Sequence[bool], by: Gating, pairs: Pairs | None, needs_a: bool, needs_b: bool,
+    ranks: Sequence[int], trainable: Sequence[bool], by: Gating | None, pairs: Pairs | None, needs_a: bool,
+    needs_b: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dA [R, K] and dB [N, R]: zero outside the ranks that train, which alone cost work. dB lies as B does."""
+    """dA [R, K] and dB [N, R]: zero outside the ranks that train, which alone cost work. dB lies as B does.
+
+    Pairs need to know `by`.
+    """
     rank, columns, runs = mixed.shape[1], by_columns(lora_b), trainable_runs(ranks, trainable)
     if pairs is not None:
         da = x.new_zeros(rank, x.shape[1]) if needs_a else x.new_empty(0)
@@ -585,7 +600,7 @@ def lora_mix_backward_triton(
             mixed, by_token = rank_gradients(dy, lora_b, s, ds, ranks, by, pairs, needs_b, needs_gates)
         elif needs_b:
             kept = s.contiguous()
-            _mix(kept, kept, mixed, 0, by)
+            mix_ranks(kept, kept, mixed, 0, by)
         dx = input_gradient(dy, weight, ds, lora_a, seed, dropout) if needs_x else x.new_empty(0)
         given = (dy, x, ds, mixed, lora_b, seed, dropout, ranks, trainable, by, pairs)
         return dx, *adapter_gradients(*given, needs_a, needs_b), by_token

@@ -18,10 +18,10 @@ from ..lora_mix.cpp import (
 from ..route.cpp import gates_from_logits, logits_gradient, route_backward_cpp, route_cpp
 from . import lora_mix_routed_backward_op, lora_mix_routed_op
 
-__all__: list[str] = []
+__all__ = ["one_product"]
 
 
-def _one_product(x: Tensor, score: str, dropout: float) -> bool:
+def one_product(x: Tensor, score: str, dropout: float) -> bool:
     """Whether router and experts see the same x in the same precision."""
     return x.dtype == torch.float32 and score != "cosine" and dropout == 0.0
 
@@ -40,7 +40,7 @@ def lora_mix_routed_cpp(
     renormalize, straight_through, ranks, scaling, trainable, dropout,
 ):  # fmt: skip
     choice = (top_k, score, renormalize, straight_through)
-    if not _one_product(x, score, dropout):
+    if not one_product(x, score, dropout):
         routing = route_cpp(
             x, router_weight, router_bias, noise, expert_mask, top_k, score, temperature, renormalize, straight_through
         )
@@ -65,7 +65,7 @@ def lora_mix_routed_backward_cpp(
     score, temperature, renormalize, straight_through, ranks, scaling, trainable, dropout, needs,
 ):  # fmt: skip
     options = (score, temperature, renormalize, straight_through)
-    if not _one_product(x, score, dropout):
+    if not one_product(x, score, dropout):
         dx, dweight, dbias, da, db, through = lora_mix_backward_cpp(
             dy, x, weight, lora_a, lora_b, gates, seed, s, ranks, scaling, trainable, dropout, [*needs[:5], True]
         )

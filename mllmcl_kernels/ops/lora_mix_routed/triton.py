@@ -47,7 +47,7 @@ from ..route.reference import logits_backward
 from ..route.triton import MOST_EXPERTS, logits_gradient_triton, mask_rows, route_tile, route_triton
 from . import lora_mix_routed_backward_op, lora_mix_routed_op
 
-__all__: list[str] = []
+__all__ = ["merged_weights"]
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ def _supports_backward(
     return reason or dtype_reason(dy, x, weight, lora_a, lora_b, router_weight, s)
 
 
-def _merged_weights(
+def merged_weights(
     extended: Tensor, x: Tensor, runs: Sequence[tuple[int, int]], rank: int, needs_a: bool, needs_router: bool
 ) -> tuple[Tensor, Tensor]:
     """dA and dW_r from [ds | dlogits]^T x, one product where the last experts train."""
@@ -257,7 +257,7 @@ def lora_mix_routed_backward_triton(
         elif needs_x:
             dx = input_gradient(dy, weight, ds, lora_a, seed, dropout)
         if joined:
-            da, drouter = _merged_weights(extended, x, trainable_runs(ranks, trainable), rank, needs_a, needs_router)
+            da, drouter = merged_weights(extended, x, trainable_runs(ranks, trainable), rank, needs_a, needs_router)
         elif in_one:
             drouter = low.t() @ x if needs_router else drouter
         else:

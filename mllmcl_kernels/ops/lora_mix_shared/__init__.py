@@ -118,16 +118,20 @@ lora_mix_shared_op = Op(
 )
 
 
-def check_linears(op: str, x, weight, bias, lora_a, lora_b, experts: int | None, options: Sequence) -> tuple:
-    """Check all linears; their ranks, scalings, whether each expert trains, and the dropout. `options`: those given."""
-    expect_tensor(op, "x", x)
-    for name, value in (("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b), ("bias", bias)):
-        if value is None and name == "bias":
+def check_lists(op: str, weight, others: Sequence[tuple[str, object]]) -> None:
+    """Sequences as long as that of the weights; what is named a bias may be None."""
+    for name, value in (("weight", weight), *others):
+        if value is None and name.endswith("bias"):
             continue
         is_sequence = isinstance(value, Sequence)
         expect(is_sequence, op, name, "a sequence of Tensors", type(value).__name__, TypeError)
         expect(len(weight) > 0, op, "weight", "at least one Tensor", 0)
         expect(len(value) == len(weight), op, name, f"{len(weight)} of them, as many as weight", len(value))
+
+
+def check_linears(op: str, x, weight, bias, lora_a, lora_b, experts: int | None, options: Sequence) -> tuple:
+    """Check all linears; their ranks, scalings, whether each expert trains, and the dropout. `options`: those given."""
+    check_lists(op, weight, (("lora_a", lora_a), ("lora_b", lora_b), ("bias", bias)))
     found = None
     for at, layer in enumerate(zip(weight, bias or [None] * len(weight), lora_a, lora_b, strict=True)):
         if at > 0 and isinstance(layer[2], Tensor) and layer[2].dim() == 2:
@@ -232,8 +236,9 @@ def lora_mix_shared(
     """
     op = "lora_mix_shared"
     expect_tensor(op, "x", x)
-    count = len(weight) if isinstance(weight, Sequence) else 0
-    gates, experts = _experts_of(op, gates, x, count, ranks) if count else (None, None)
+    check_lists(op, weight, ())
+    count = len(weight)
+    gates, experts = _experts_of(op, gates, x, count, ranks)
     ranks, scaling, trainable, dropout = check_linears(
         op, x, weight, bias, lora_a, lora_b, experts, (ranks, scaling, trainable, dropout)
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,7 @@ from ..lora_mix.cpp import OPS, by_rank, dropped, float_path, lora_gradients, lo
 from . import lora_mix_shared_backward_op, lora_mix_shared_op
 from .reference import cut
 
-__all__: list[str] = []
+__all__ = ["add_mixed", "input_gradient", "layer_gradients", "lora_mix_shared_cpp", "rank_gradients"]
 
 
 def _supports(x, weight, bias, lora_a, lora_b, gates, *_rest) -> str | None:
@@ -25,51 +27,56 @@ def _supports_backward(dy, x, weight, lora_a, lora_b, gates, *_rest) -> str | No
 @lora_mix_shared_op.provider("cpp", supports=_supports)
 def lora_mix_shared_cpp(x, weight, bias, lora_a, lora_b, gates, seed, ranks, scaling, trainable, dropout):
     count = len(weight)
-    biases = bias or [None] * count
     if has_few_rows(x):
-        each = zip(weight, biases, lora_a, lora_b, cut(gates, count), strict=True)
+        each = zip(weight, bias or [None] * count, lora_a, lora_b, cut(gates, count), strict=True)
         pairs = [lora_mix_cpp(x, *layer, seed, ranks, scaling, trainable, dropout) for layer in each]
         return [torch.cat([s for _, s in pairs], 1), *(y for y, _ in pairs)]
     x = x.contiguous()
     s = product_nt(dropped(x, seed, dropout), torch.cat(lora_a))
-    found = [product_nt(x, *layer) for layer in zip(weight, biases, strict=True)]
-    plain = gates is None and len(set(scaling)) == 1
-    mixed = (
-        s if plain else mixed_ranks(s, None if gates is None else gates.contiguous(), ranks * count, scaling * count)
-    )
-    for y, one, b in zip(found, cut(mixed, count), lora_b, strict=True):
-        y.addmm_(one, b.t(), alpha=scaling[0] if plain else 1.0)
-    return [s, *found]
+    if gates is None and len(set(scaling)) == 1:
+        return [s, *add_mixed(x, weight, bias, s, lora_b, scaling[0])]
+    gates = None if gates is None else gates.contiguous()
+    mixed = mixed_ranks(s, gates, ranks * count, scaling * count)
+    return [s, *add_mixed(x, weight, bias, mixed, lora_b, 1.0)]
+
+
+def add_mixed(x: Tensor, weight, bias, mixed: Tensor, lora_b, alpha: float) -> list[Tensor]:
+    """x W_l^T + b_l + alpha mixed_l B_l^T of every linear."""
+    found = []
+    for w, b, one, up in zip(weight, bias or [None] * len(weight), cut(mixed, len(weight)), lora_b, strict=True):
+        found.append(product_nt(x, w, b).addmm_(one, up.t(), alpha=alpha))
+    return found
 
 
 @lora_mix_shared_backward_op.provider("cpp", supports=_supports_backward)
 def lora_mix_shared_backward_cpp(
     dy, x, weight, lora_a, lora_b, gates, seed, s, ranks, scaling, trainable, dropout, needs
 ):  # fmt: skip
-    """u of all linears side by side, one pass in rank space, one product each for dx's and A's share of the ranks."""
-    needs_x, needs_weight, needs_bias, needs_a, needs_b, needs_gates = needs
-    count = len(weight)
-    dy, x, s = [one.contiguous() for one in dy], x.contiguous(), s.contiguous()
-    gates = None if gates is None else gates.contiguous()
-    u = torch.empty_like(s)
+    """One pass in rank space for all linears, one product each for the ranks' share of dx and for all A."""
+    needs_x, *needs_layers, needs_gates = needs
+    dy, x = [one.contiguous() for one in dy], x.contiguous()
+    ds, mixed, dgates = rank_gradients(dy, lora_b, s, gates, ranks, scaling, needs_gates)
+    dx = input_gradient(dy, weight, ds, torch.cat(lora_a), seed, dropout) if needs_x else x.new_empty(0)
+    layers = layer_gradients(dy, x, ds, mixed, lora_b, seed, ranks, trainable, dropout, needs_layers)
+    return [dx, dgates, *layers]
+
+
+def rank_gradients(
+    dy: Sequence[Tensor], lora_b, s: Tensor, gates: Tensor | None, ranks, scaling, needs_gates: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """ds and s * G `[T, L * R]`, and the gradient of the gates `[G, L * E]`."""
+    count, u = len(dy), torch.empty_like(s, memory_format=torch.contiguous_format)
     for one, d, b in zip(cut(u, count), dy, lora_b, strict=True):
         torch.mm(d, b, out=one)
-    ds, mixed = torch.empty_like(u), torch.empty_like(u)
-    dgates = torch.empty_like(gates) if needs_gates else x.new_empty(0)
-    OPS.rank_gate_backward(u, s, gates, *rank_tables(ranks * count, scaling * count), ds, mixed, dgates)
-    dx = _input_gradient(dy, weight, ds, torch.cat(lora_a), seed, dropout) if needs_x else x.new_empty(0)
-    da = x.new_empty(0)
-    if needs_a:
-        da = by_rank(ds, dropped(x, seed, dropout), ranks * count, trainable * count)
-    found = [product_nt(d.t(), x.t()) if needs_weight else x.new_empty(0) for d in dy]
-    found += [d.sum(0) if needs_bias else x.new_empty(0) for d in dy]
-    for d, one, b in zip(dy, cut(mixed, count), lora_b, strict=True):
-        found.append(lora_gradients(d, x, one, one, b, ranks, trainable, False, needs_b)[1])
-    return [dx, dgates, da, *found]
+    ds, mixed, gates = torch.empty_like(u), torch.empty_like(u), None if gates is None else gates.contiguous()
+    dgates = torch.empty_like(gates) if needs_gates else s.new_empty(0)
+    tables = rank_tables(ranks * count, scaling * count)
+    OPS.rank_gate_backward(u, s.contiguous(), gates, *tables, ds, mixed, dgates)
+    return ds, mixed, dgates
 
 
-def _input_gradient(
-    dy: list[Tensor], weight, ds: Tensor, lora_a: Tensor, seed: Tensor | None, dropout: float
+def input_gradient(
+    dy: Sequence[Tensor], weight, ds: Tensor, lora_a: Tensor, seed: Tensor | None, dropout: float
 ) -> Tensor:
     """sum_l dy_l W_l + drop'(ds A): `[T, K]`."""
     dx = product_nt(dy[0], weight[0].t())
@@ -80,3 +87,19 @@ def _input_gradient(
     else:
         OPS.dropout(torch.mm(ds, lora_a), seed, threshold(dropout), 1.0 / (1.0 - dropout), True, dx)
     return dx
+
+
+def layer_gradients(
+    dy: Sequence[Tensor], x: Tensor, ds: Tensor, mixed: Tensor, lora_b, seed: Tensor | None, ranks, trainable,
+    dropout: float, needs: Sequence[bool],
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of all A stacked, then of weight, bias and B of every linear; empty where not asked for."""
+    (needs_weight, needs_bias, needs_a, needs_b), count = needs, len(dy)
+    da = x.new_empty(0)
+    if needs_a:
+        da = by_rank(ds, dropped(x, seed, dropout), ranks * count, trainable * count)
+    found = [da, *(product_nt(d.t(), x.t()) if needs_weight else x.new_empty(0) for d in dy)]
+    found += [d.sum(0) if needs_bias else x.new_empty(0) for d in dy]
+    for d, one, b in zip(dy, cut(mixed, count), lora_b, strict=True):
+        found.append(lora_gradients(d, x, one, one, b, ranks, trainable, False, needs_b)[1])
+    return found

@@ -20,7 +20,14 @@ from ..lora_mix.triton import adapter_gradients, input_gradient, rank_gradients,
 from . import lora_mix_shared_backward_op, lora_mix_shared_op
 from .reference import cut
 
-__all__: list[str] = []
+__all__ = [
+    "add_mixed",
+    "layer_gradients",
+    "lora_mix_shared_triton",
+    "rank_gradients_of_all",
+    "stacked_gradient",
+    "sum_of_base",
+]
 
 
 def _supports(x, weight, bias, lora_a, lora_b, gates, *_rest) -> str | None:
@@ -34,19 +41,33 @@ def lora_mix_shared_triton(x, weight, bias, lora_a, lora_b, gates, seed, ranks, 
     count = len(weight)
     by = Gating.of(_wide(gates), ranks * count, scaling * count, x)
     s, mixed = shrink(x, torch.cat(lora_a), seed, dropout, by)
+    return [s, *add_mixed(x, weight, bias, mixed, lora_b)]
+
+
+def add_mixed(x: Tensor, weight, bias, mixed: Tensor, lora_b) -> list[Tensor]:
+    """x W_l^T + b_l + mixed_l B_l^T of every linear."""
+    count = len(weight)
     each = zip(weight, bias or [None] * count, cut(mixed, count), lora_b, strict=True)
-    return [s, *(add_product(x, *layer) for layer in each)]
+    return [add_product(x, *layer) for layer in each]
 
 
 def _wide(gates: Tensor | None) -> Tensor | None:
     return None if gates is None else gates.float()
 
 
-def gatings(
-    gates: Tensor | None, ranks: Sequence[int], scaling: Sequence[float], count: int, x: Tensor
-) -> list[Gating]:
-    """The gating of each linear from gates `[G, L * E]`."""
-    return [Gating.of(one, ranks, scaling, x) for one in cut(_wide(gates), count)]
+def rank_gradients_of_all(
+    dy: Sequence[Tensor], lora_b, s: Tensor, ds: Tensor, gates: Tensor | None, ranks, scaling, needs_mixed: bool,
+    needs_gates: bool,
+) -> tuple[list[Tensor], Tensor]:  # fmt: skip
+    """Write ds = (dy B) * G of all linears into `ds` [T, L * R]; give each s * G, and the gates' gradient by token."""
+    count, mixed, dgates = len(dy), [], []
+    parts = zip(dy, lora_b, cut(s, count), cut(ds, count), cut(_wide(gates), count), strict=True)
+    for d, b, own_s, own_ds, own_gates in parts:
+        by = Gating.of(own_gates, ranks, scaling, d)
+        found = rank_gradients(d, b, own_s, own_ds, ranks, by, None, needs_mixed, needs_gates)
+        mixed.append(found[0])
+        dgates.append(found[1])
+    return mixed, torch.cat(dgates, 1) if needs_gates else s.new_empty(0)
 
 
 def sum_of_base(dx: Tensor, dy: Sequence[Tensor], weight: Sequence[Tensor]) -> Tensor:
@@ -54,6 +75,27 @@ def sum_of_base(dx: Tensor, dy: Sequence[Tensor], weight: Sequence[Tensor]) -> T
     for d, one in zip(dy, weight, strict=True):
         dx.addmm_(d, one)
     return dx
+
+
+def stacked_gradient(
+    x: Tensor, ds: Tensor, lora_a: Tensor, seed: Tensor | None, ranks, trainable, dropout: float, count: int
+) -> Tensor:
+    """ds^T drop(x) [L * R, K]: of all A, zero outside the ranks that train."""
+    every = (ranks * count, trainable * count)
+    return adapter_gradients(ds, x, ds, ds, lora_a.t(), seed, dropout, *every, None, None, True, False)[0]
+
+
+def layer_gradients(
+    dy: Sequence[Tensor], x: Tensor, mixed: Sequence[Tensor], lora_b, ranks, trainable, needs_weight: bool,
+    needs_bias: bool, needs_b: bool,
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of weight, bias and B of every linear; empty where not asked for."""
+    found = [d.t() @ x if needs_weight else x.new_empty(0) for d in dy]
+    found += [d.sum(0) if needs_bias else x.new_empty(0) for d in dy]
+    for d, one, b in zip(dy, mixed, lora_b, strict=True):
+        given = (d, x, one, one, b, None, 0.0, ranks, trainable, None, None)
+        found.append(adapter_gradients(*given, False, needs_b)[1])
+    return found
 
 
 def _supports_backward(dy, x, weight, lora_a, lora_b, gates, seed, s, *_rest) -> str | None:
@@ -67,29 +109,16 @@ def lora_mix_shared_backward_triton(
     dy, x, weight, lora_a, lora_b, gates, seed, s, ranks, scaling, trainable, dropout, needs
 ):  # fmt: skip
     needs_x, needs_weight, needs_bias, needs_a, needs_b, needs_gates = needs
-    count, tokens = len(weight), x.shape[0]
-    every = gatings(gates, ranks, scaling, count, x)
     ds = torch.empty_like(s, memory_format=torch.contiguous_format)
-    mixed, dgates = [], []
-    for d, b, one, part, by in zip(dy, lora_b, cut(s, count), cut(ds, count), every, strict=True):
-        found = rank_gradients(d, b, one, part, ranks, by, None, needs_b, needs_gates)
-        mixed.append(found[0])
-        dgates.append(found[1])
-    dx, da, dgates_GE = (x.new_empty(0) for _ in range(3))
+    mixed, by_token = rank_gradients_of_all(dy, lora_b, s, ds, gates, ranks, scaling, needs_b, needs_gates)
+    dx, da, dgates = (x.new_empty(0) for _ in range(3))
     stacked = torch.cat(lora_a)
     if needs_x:
         dx = sum_of_base(input_gradient(dy[0], weight[0], ds, stacked, seed, dropout), dy[1:], weight[1:])
-    given = (ranks * count, trainable * count, every[0], None)
     if needs_a:
-        da, _ = adapter_gradients(dy[0], x, ds, ds, stacked.t(), seed, dropout, *given, True, False)
-    dbs = [
-        adapter_gradients(d, x, one, one, b, seed, dropout, ranks, trainable, every[0], None, False, needs_b)[1]
-        for d, one, b in zip(dy, mixed, lora_b, strict=True)
-    ]
+        da = stacked_gradient(x, ds, stacked, seed, ranks, trainable, dropout, len(weight))
     if needs_gates:
-        rows = gates.shape[0]
-        by_token = torch.cat(dgates, 1)
-        dgates_GE = by_token.view(rows, tokens // max(rows, 1), by_token.shape[1]).sum(1).to(gates.dtype)
-    dweights = [d.t() @ x if needs_weight else x.new_empty(0) for d in dy]
-    dbiases = [d.sum(0) if needs_bias else x.new_empty(0) for d in dy]
-    return [dx, dgates_GE, da, *dweights, *dbiases, *dbs]
+        rows, experts = gates.shape
+        dgates = by_token.view(rows, x.shape[0] // max(rows, 1), experts).sum(1).to(gates.dtype)
+    rest = layer_gradients(dy, x, mixed, lora_b, ranks, trainable, needs_weight, needs_bias, needs_b)
+    return [dx, dgates, da, *rest]

@@ -9,7 +9,7 @@ from torch.library import Library
 from . import fake_routing, route_backward_op, route_op
 from .reference import _logits, logits_backward
 
-__all__ = ["gates_from_logits", "logits_gradient"]
+__all__ = ["gates_from_logits", "logits_gradient", "product_gradient"]
 
 LIBRARY = Library("mllmcl_cpu", "FRAGMENT")
 LIBRARY.define(
@@ -49,7 +49,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, score: str, tempera
     return logits if temperature == 1.0 else logits.div_(temperature)
 
 
-def _product_backward(dl: Tensor, x: Tensor, weight: Tensor, score: str, needs_x: bool, needs_weight: bool):
+def product_gradient(dl: Tensor, x: Tensor, weight: Tensor, score: str, needs_x: bool, needs_weight: bool):
     """Gradients of x and weight in x's dtype from that of the product."""
     if not _is_slim(weight, score):
         return logits_backward(dl, x, weight, score, needs_x, needs_weight)
@@ -96,5 +96,5 @@ def route_backward_cpp(
     dl = logits_gradient(
         d_gates, d_values, d_logits, d_probs, gates, indices, probs, score, temperature, renormalize, straight_through
     )
-    dx, dweight = _product_backward(dl, x, weight, score, needs[0], needs[1])
+    dx, dweight = product_gradient(dl, x, weight, score, needs[0], needs[1])
     return dx, dweight, dl.sum(0).to(x.dtype) if needs[2] else x.new_empty(0)

@@ -29,7 +29,7 @@ from ...tuning import bucket, pick_tile
 from . import fake_routing, route_backward_op, route_op
 from .reference import COSINE_EPSILON, logits_backward
 
-__all__ = ["logits_gradient_triton", "mask_rows", "route_tile"]
+__all__ = ["gates_from_logits_triton", "logits_gradient_triton", "mask_rows", "route_tile", "route_triton"]
 
 _MAX = tl.constexpr(torch.finfo(torch.float32).max)
 _EPSILON = tl.constexpr(COSINE_EPSILON)
@@ -255,29 +255,52 @@ def _plain_logits(x: Tensor, weight: Tensor, bias: Tensor | None, score: str, te
 def route_triton(x, weight, bias, noise, expert_mask, top_k, score, temperature, renormalize, straight_through):
     """Logits, scores, choice and gates in one kernel; over `widest_fused` experts the logits by torch."""
     (tokens, width), experts = x.shape, weight.shape[0]
+    choice = (noise, expert_mask, top_k, score, renormalize, straight_through)
+    if power_of_two(experts) > TILES.widest_fused:
+        return gates_from_logits_triton(_plain_logits(x, weight, bias, score, temperature), *choice)
     outputs = fake_routing(x, experts, top_k)
-    pad = power_of_two(experts)
-    fused = pad <= TILES.widest_fused
-    raw = outputs[0] if fused else _plain_logits(x, weight, bias, score, temperature)
-    allowed, stride_allowed = mask_rows(expert_mask, tokens, outputs[0])
-    noise_rows = outputs[0] if noise is None else noise.contiguous()
+    layer = (x, weight, weight if bias is None else bias)
+    sizes = (tokens, width, experts, top_k, temperature, *x.stride(), *weight.stride())
 
     def run(tile: Tile) -> None:
-        rows = tile.m if fused else max(1, TILES.entries // pad)
-        launch(
-            _route_fwd_kernel, (ceil_div(tokens, rows),),
-            x, weight, weight if bias is None else bias, raw, noise_rows, allowed, *outputs,
-            tokens, width, experts, top_k, temperature, *x.stride(), *weight.stride(), stride_allowed,
-            FUSED=fused, BIAS=bias is not None, COSINE=score == "cosine", NOISE=noise is not None,
-            MASK=expert_mask is not None, SIGMOID=score == "sigmoid", RENORMALIZE=renormalize,
-            STRAIGHT=straight_through, PRECISION=dot_precision(),
-            BLOCK_T=rows, BLOCK_D=tile.k, PAD_E=pad, PAD_K=power_of_two(top_k, 1),
-            warps=tile.warps, stages=tile.stages,
-        )  # fmt: skip
+        flags = {"FUSED": True, "BIAS": bias is not None, "COSINE": score == "cosine", "BLOCK_D": tile.k}
+        _launch_route(layer, outputs[0], outputs, sizes, *choice, tile.m, flags, warps=tile.warps, stages=tile.stages)
 
     key = ("route_fwd", bucket(tokens), width, experts, x.dtype)
     run(pick_tile(key, TILES.fused.candidates(tokens, x.dtype), x.device, run))
     return outputs
+
+
+def gates_from_logits_triton(
+    logits: Tensor, noise: Tensor | None, expert_mask: Tensor | None, top_k: int, score: str, renormalize: bool,
+    straight_through: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """gates, indices, values, logits, probs from float32 logits `[T, E]`."""
+    logits = logits.contiguous()
+    (tokens, experts), outputs = logits.shape, fake_routing(logits, logits.shape[1], top_k)
+    rows = max(1, TILES.entries // power_of_two(experts))
+    sizes = (tokens, 0, experts, top_k, 1.0, 0, 0, 0, 0)
+    flags = {"FUSED": False, "BIAS": False, "COSINE": False, "BLOCK_D": 16}
+    _launch_route(
+        (logits,) * 3, logits, outputs, sizes, noise, expert_mask, top_k, score, renormalize, straight_through, rows,
+        flags, warps=4,
+    )  # fmt: skip
+    return outputs
+
+
+def _launch_route(
+    layer, raw, outputs, sizes, noise, expert_mask, top_k, score, renormalize, straight_through, rows: int, flags: dict,
+    **launched,
+) -> None:  # fmt: skip
+    (tokens, experts), like = outputs[0].shape, outputs[0]
+    allowed, stride_allowed = mask_rows(expert_mask, tokens, like)
+    launch(
+        _route_fwd_kernel, (ceil_div(tokens, rows),),
+        *layer, raw, like if noise is None else noise.contiguous(), allowed, *outputs, *sizes, stride_allowed,
+        NOISE=noise is not None, MASK=expert_mask is not None, SIGMOID=score == "sigmoid", RENORMALIZE=renormalize,
+        STRAIGHT=straight_through, PRECISION=dot_precision(),
+        BLOCK_T=rows, PAD_E=power_of_two(experts), PAD_K=power_of_two(top_k, 1), **flags, **launched,
+    )  # fmt: skip
 
 
 # -- backward ---------------------------------------------------------------------------------------------------------

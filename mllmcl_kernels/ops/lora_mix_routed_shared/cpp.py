@@ -1,0 +1,97 @@
+"""`lora_mix_routed_shared` on the CPU: ranks and routers of all linears are rows of one product over x."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...products import product_nt
+from ..lora_mix.cpp import float_path, mixed_ranks
+from ..lora_mix_routed.cpp import one_product
+from ..lora_mix_shared.cpp import (
+    add_mixed,
+    input_gradient,
+    layer_gradients,
+    lora_mix_shared_cpp,
+    rank_gradients,
+)
+from ..lora_mix_shared.reference import cut
+from ..route.cpp import gates_from_logits, logits_gradient, product_gradient, route_cpp
+from . import lora_mix_routed_shared_backward_op, lora_mix_routed_shared_op
+
+__all__: list[str] = []
+
+
+def _supports(x, weight, bias, lora_a, lora_b, router_weight, router_bias, *_rest) -> str | None:
+    return float_path(x, *weight, *bias, *lora_a, *lora_b, *router_weight, *router_bias)
+
+
+def _supports_backward(dy, d_gates, d_values, d_logits, d_probs, x, weight, lora_a, lora_b, *_rest) -> str | None:
+    return float_path(*dy, x, *weight, *lora_a, *lora_b)
+
+
+def _each(table: Tensor | None, count: int) -> Tensor | None:
+    """`[T, L * D]` as a row for each token and linear, `[T * L, D]`."""
+    return None if table is None else table.reshape(table.shape[0] * count, table.shape[1] // count)
+
+
+@lora_mix_routed_shared_op.provider("cpp", supports=_supports)
+def lora_mix_routed_shared_cpp(
+    x, weight, bias, lora_a, lora_b, router_weight, router_bias, noise, expert_mask, seed, top_k, score, temperature,
+    renormalize, straight_through, ranks, scaling, trainable, dropout,
+):  # fmt: skip
+    count, tokens = len(weight), x.shape[0]
+    if not one_product(x, score, dropout):
+        options = (expert_mask, top_k, score, temperature, renormalize, straight_through)
+        each = zip(router_weight, router_bias or [None] * count, cut(noise, count), strict=True)
+        tables = zip(*(route_cpp(x, *router, *options) for router in each), strict=True)
+        routing = [torch.cat(table, 1) for table in tables]
+        mix = (x, weight, bias, lora_a, lora_b, routing[0], seed, ranks, scaling, trainable, dropout)
+        s, *found = lora_mix_shared_cpp(*mix)
+        return [s, *routing, *found]
+    x = x.contiguous()
+    both = product_nt(x, torch.cat([*lora_a, *router_weight]))
+    total = count * lora_a[0].shape[0]
+    s, logits = both[:, :total].contiguous(), both[:, total:]
+    if router_bias:
+        logits = logits + torch.cat(router_bias)
+    logits = _each(logits / temperature, count).contiguous()
+    if expert_mask is not None and expert_mask.shape[0] > 1:
+        expert_mask = expert_mask.repeat_interleave(count, 0)
+    routing = gates_from_logits(
+        logits, _each(noise, count), expert_mask, top_k, score, renormalize, straight_through
+    )  # fmt: skip
+    routing = [table.view(tokens, count * table.shape[1]) for table in routing]
+    mixed = mixed_ranks(s, routing[0], ranks * count, scaling * count)
+    return [s, *routing, *add_mixed(x, weight, bias, mixed, lora_b, 1.0)]
+
+
+@lora_mix_routed_shared_backward_op.provider("cpp", supports=_supports_backward)
+def lora_mix_routed_shared_backward_cpp(
+    dy, d_gates, d_values, d_logits, d_probs, x, weight, lora_a, lora_b, router_weight, seed, s, gates, indices, probs,
+    score, temperature, renormalize, straight_through, ranks, scaling, trainable, dropout, needs,
+):  # fmt: skip
+    needs_x, needs_weight, needs_bias, needs_a, needs_b, needs_router, needs_router_bias = needs
+    count, in_one = len(weight), one_product(x, score, dropout)
+    dy, x = [one.contiguous() for one in dy], x.contiguous()
+    ds, mixed, through = rank_gradients(dy, lora_b, s, gates, ranks, scaling, True)
+    tables = (d_gates + through, d_values, d_logits, d_probs, gates, indices, probs)
+    dl = logits_gradient(
+        *(_each(table, count) for table in tables), score, temperature, renormalize, straight_through
+    ).view_as(gates)
+    dx, drouter = x.new_empty(0), x.new_empty(0)
+    if in_one:
+        stacked = torch.cat([*lora_a, *router_weight])
+        dx = input_gradient(dy, weight, torch.cat([ds, dl], 1), stacked, None, 0.0) if needs_x else dx
+        drouter = product_nt(dl.t(), x.t()) if needs_router else drouter
+    else:
+        dx = input_gradient(dy, weight, ds, torch.cat(lora_a), seed, dropout) if needs_x else dx
+        each = zip(cut(dl, count), router_weight, strict=True)
+        pairs = [product_gradient(one, x, router, score, needs_x, needs_router) for one, router in each]
+        for through_router, _ in pairs if needs_x else ():
+            dx.add_(through_router)
+        drouter = torch.cat([drouter for _, drouter in pairs]) if needs_router else drouter
+    layers = layer_gradients(
+        dy, x, ds, mixed, lora_b, seed, ranks, trainable, dropout, (needs_weight, needs_bias, needs_a, needs_b)
+    )
+    return [dx, drouter, dl.sum(0).to(x.dtype) if needs_router_bias else x.new_empty(0), *layers]
