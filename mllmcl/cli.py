@@ -32,6 +32,7 @@ class ModelConfig:
         dtype: of the weights.
         device: "auto" takes a GPU where torch sees one.
         feature_cache: folder for frozen image features, None keeps them in memory.
+        share_inputs: q, k and v, and gate and up, make one pass over their common input, with one dropout mask.
         threads: CPU threads of torch, None takes torch's own choice.
     """
 
@@ -44,6 +45,7 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "auto"
     feature_cache: str | None = None
+    share_inputs: bool = False
     threads: int | None = None
 
 
@@ -176,7 +178,7 @@ def build_model(config: ModelConfig, seed: int):
             dtype=dtype,
             device=device,
         )
-    return mllm.cache_images(config.feature_cache)
+    return mllm.cache_images(config.feature_cache).share_inputs(config.share_inputs)
 
 
 def check(settings: RunConfig):

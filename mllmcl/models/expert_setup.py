@@ -13,6 +13,7 @@ from mllmcl_kernels import Mask
 
 from ..options import check_count
 from .experts import SCORES, ExpertLinear, ExpertProjectorLinear, ExpertState
+from .sharing import join
 from .targets import linear_names, match_targets
 
 __all__ = ["experts_added", "experts_grown", "fill", "masks_of", "parameters_that_may_train"]
@@ -82,6 +83,8 @@ def experts_added(
     for path in names:
         mllm.expert_layers[path] = ExpertLinear(mllm.model.get_submodule(path), state, path)
         _put(mllm.model, path, mllm.expert_layers[path])
+    if mllm.shares_inputs:
+        join(mllm.expert_layers)
     for path in projector:
         mllm.projector_layers[path] = ExpertProjectorLinear(mllm.model.get_submodule(path), state, path)
         _put(mllm.model, path, mllm.projector_layers[path])

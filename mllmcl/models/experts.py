@@ -12,12 +12,16 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mllmcl_kernels import Routing, lora_mix, lora_mix_routed, route
+
+if TYPE_CHECKING:
+    from .sharing import SharedInput
 
 __all__ = ["ExpertLinear", "ExpertProjectorLinear", "ExpertState", "Selection", "select"]
 
@@ -251,6 +255,8 @@ class ExpertLinear(nn.Module):
         router = None if state.router is None else fresh_router(state.num_experts, self.in_features, device)
         self.router_weight = None if router is None else nn.Parameter(router)
         self.gating: nn.Module | None = None
+        #: what computes this layer together with others that are given the same tensor; see `sharing`
+        self.shared_input: SharedInput | None = None
 
     def _b_of(self, rows: slice) -> Tensor:
         """B of some rank rows; the gradient comes back laid as B is, so that nobody has to lay it anew."""
@@ -293,74 +299,70 @@ class ExpertLinear(nn.Module):
         self.lora_a.copy_(fresh_lora_a(*self.lora_a.shape, self.lora_a.device))
         self.lora_b.zero_()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def selected(self) -> tuple[Selection, int | None]:
+        """What acts in this layer, and the one expert of every sample where that is known on the host."""
         state = self.state
         selection = state.selection.of_group(state.groups.get(self.path, 0))
         # a compiled graph takes ids as data, so that one graph serves every choice; only "off" has none
         is_data = selection.gates is not None and torch.compiler.is_compiling()
-        expert = None if is_data else selection.uniform
+        return selection, None if is_data else selection.uniform
+
+    def tensors(self, expert: int | None) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """weight, bias, A and B, of one expert's ranks where there is one."""
+        if expert is None or self.state.num_experts == 1:
+            return self.weight, self.bias, self.lora_a, self.lora_b
+        rows = self.state.rows(expert)
+        return self.weight, self.bias, self.lora_a[rows], self._b_of(rows)
+
+    def options(self, expert: int | None) -> dict[str, object]:
+        """What `lora_mix` wants to know of all experts, or of one."""
+        state, kinds = self.state, ("ranks", "scaling", "trainable")
+        one = {kind: getattr(state, kind) if expert is None else (getattr(state, kind)[expert],) for kind in kinds}
+        return {**one, "dropout": state.dropout if self.training else 0.0}
+
+    def routing_options(self, selection: Selection) -> dict[str, object]:
+        """What `lora_mix_routed` wants to know of the learned router."""
+        state = self.state
+        return {
+            "top_k": state.router_top_k,
+            "score": state.router,
+            "token_mask": selection.token_mask if state.collect else None,
+            **state.router_options,
+        }
+
+    def gates_for(self, x: Tensor, selection: Selection) -> Tensor | None:
+        """The gates given or those of the layer's gating; None where the learned router decides, or all weigh 1."""
+        state, gates = self.state, selection.gates_for(x)
+        if gates is None and self.gating is not None:
+            return self.gating(self, x, selection)
+        if gates is not None and gates.is_floating_point() and state.router_share:
+            return torch.lerp(gates, self._route(x).gates.to(gates.dtype), state.router_share)
+        return gates
+
+    def note(self, routing: Routing) -> None:
+        """Keep a routing for losses and statistics where the state asks for it."""
+        if self.state.collect:
+            self.state.routings[self.path] = routing
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.shared_input is not None and (found := self.shared_input.output_of(self, x)) is not None:
+            return found
+        selection, expert = self.selected()
         if expert == -1:
             return F.linear(x, self.weight, self.bias)
-        dropout = state.dropout if self.training else 0.0
+        layer, options = (x, *self.tensors(expert)), self.options(expert)
         if expert is not None:
-            rows = state.rows(expert)
-            is_alone = state.num_experts == 1
-            return lora_mix(
-                x,
-                self.weight,
-                self.bias,
-                self.lora_a if is_alone else self.lora_a[rows],
-                self.lora_b if is_alone else self._b_of(rows),
-                ranks=(state.ranks[expert],),
-                scaling=(state.scaling[expert],),
-                trainable=(state.trainable[expert],),
-                dropout=dropout,
-            )
-        gates = selection.gates_for(x)
-        if gates is None and self.gating is not None:
-            gates = self.gating(self, x, selection)
-        elif gates is None and self.router_weight is not None:
-            return self._routed(x, selection, dropout)
-        elif gates is not None and gates.is_floating_point() and state.router_share:
-            gates = torch.lerp(gates, self._route(x).gates.to(gates.dtype), state.router_share)
-        return lora_mix(
-            x,
-            self.weight,
-            self.bias,
-            self.lora_a,
-            self.lora_b,
-            gates,
-            ranks=state.ranks,
-            scaling=state.scaling,
-            trainable=state.trainable,
-            dropout=dropout,
-        )
+            return lora_mix(*layer, **options)
+        gates = self.gates_for(x, selection)
+        if gates is not None or self.router_weight is None:
+            return lora_mix(*layer, gates, **options)
+        y, routing = lora_mix_routed(*layer, self.router_weight, **options, **self.routing_options(selection))
+        self.note(routing)
+        return y
 
     def _route(self, x: Tensor) -> Routing:
         state = self.state
         return route(x, self.router_weight, top_k=state.router_top_k, score=state.router, **state.router_options)
-
-    def _routed(self, x: Tensor, selection: Selection, dropout: float) -> Tensor:
-        state = self.state
-        y, routing = lora_mix_routed(
-            x,
-            self.weight,
-            self.bias,
-            self.lora_a,
-            self.lora_b,
-            self.router_weight,
-            top_k=state.router_top_k,
-            score=state.router,
-            token_mask=selection.token_mask if state.collect else None,
-            ranks=state.ranks,
-            scaling=state.scaling,
-            trainable=state.trainable,
-            dropout=dropout,
-            **state.router_options,
-        )
-        if state.collect:
-            state.routings[self.path] = routing
-        return y
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, ranks={self.state.ranks}"

@@ -26,6 +26,7 @@ from .generation import answers
 from .perplexity import perplexity
 from .prefixes import Prefixes
 from .prompts import SoftPrompts, prompting
+from .sharing import join, part
 from .steering import Steering
 
 __all__ = ["MLLM"]
@@ -61,6 +62,7 @@ class MLLM:
         self.steering: Steering | None = None
         #: what it was made from, for records
         self.origin: dict[str, object] = {}
+        self.shares_inputs = False
         self.features = FeatureCache()
         self._vision_identity: str | None = None
         self._prompt_parts: tuple[str, str] | None = None
@@ -246,6 +248,16 @@ class MLLM:
         self.experts.by_columns = by_columns
         for layer in self.expert_layers.values():
             layer.lay()
+        return self
+
+    def share_inputs(self, on: bool = True) -> MLLM:
+        """Let q, k and v, and gate and up, make one pass over their common input, with the experts to come as well.
+
+        Same formula, other roundings; with dropout one mask for all of them. For steps that memory limits: the input
+        is read once for all experts and routers, and its gradient written once. A compiled model does not share.
+        """
+        self.shares_inputs = on
+        (join if on else part)(self.expert_layers)
         return self
 
     def merge_experts(self) -> MLLM:

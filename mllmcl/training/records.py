@@ -158,6 +158,8 @@ def describe(mllm: MLLM, method: Method, stream: Stream, num_processes: int = 1)
             "weights": _weights(mllm.model),
             "dtype": str(mllm.dtype).removeprefix("torch."),
             "device": mllm.device.type,
+            # left out where it is off, as in runs from before there was a choice
+            **({"share_inputs": True} if mllm.shares_inputs else {}),
         },
     }
 
@@ -179,6 +181,7 @@ def _told(values: dict) -> dict[str, object]:
     rest = {name: value for name, value in values.items() if name != "processes"}
     return {
         "number of processes": values.get("processes", 1),
+        **({"model.share_inputs": values["model"].get("share_inputs", False)} if "model" in values else {}),
         "tasks": ", ".join(f"{task['name']} ({task['train']} + {task['test']})" for task in tasks),
         **_flat(rest),
     }

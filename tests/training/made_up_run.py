@@ -54,12 +54,19 @@ def make_stream(num_train: int = 24, num_test: int = 8, uneven: bool = False) ->
 
 
 def make_run(
-    folder, method: str = "mr_lora", options: dict | None = None, *, double: bool = False, ends=None, **config
+    folder,
+    method: str = "mr_lora",
+    options: dict | None = None,
+    *,
+    double: bool = False,
+    ends=None,
+    shares: bool = False,
+    **config,
 ):
     """Train; the configuration is short and draws dropout.
 
     `double`: in float64 from the method's set-up on, on an uneven stream. `ends`: a file for what may train, as it is
-    in the end.
+    in the end. `shares`: whether layers with one input share it.
     """
     torch.manual_seed(0)
     made = methods.create(method, **(options or {}))
@@ -67,7 +74,7 @@ def make_run(
         made.setup = lambda mllm, stream, setup=made.setup: (setup(mllm, stream), mllm.model.double())
     defaults = {"num_train_epochs": 2, "save_steps": 2, "progress": "off", "learning_rate": 1e-2, "max_new_tokens": 3}
     settings = TrainConfig(output_dir=str(folder), **{**defaults, **config})
-    mllm = make_composed()
+    mllm = make_composed().share_inputs(shares)
     report = loop.train(mllm, made, make_stream(uneven=double), settings)
     if ends is not None:
         torch.save(mllm.trainable_state(), ends)

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from mllmcl import MLLM, methods
 from mllmcl.evaluation import Report, read_predictions
 from mllmcl.files import read_jsonl
+from mllmcl.models import sharing
 from mllmcl.training import loop
 from mllmcl.training.checkpoint import CheckpointError
 from mllmcl.training.config import TrainConfig
@@ -163,6 +164,22 @@ def test_a_folder_of_another_run_is_refused(finished):
         make_run(folder, options={"rank": 4})
     with pytest.raises(RuntimeError, match="holds a run already"):
         make_run(folder, resume="never")
+
+
+def test_layers_that_share_their_input_learn_the_same(finished, tmp_path, monkeypatch):
+    """In float64 without dropout; a run that shares is no continuation of one that does not."""
+    calls, op = [], sharing.lora_mix_shared
+    monkeypatch.setattr(sharing, "lora_mix_shared", lambda *args, **options: (calls.append(1), op(*args, **options))[1])
+    ends = [tmp_path / f"{shares}.pt" for shares in (False, True)]
+    for shares, path in zip((False, True), ends, strict=True):
+        options = {"rank": 2, "dropout": 0.0}
+        make_run(tmp_path / path.stem, "lora", options, double=True, ends=path, shares=shares, max_steps=2)
+        assert bool(calls) is shares
+    plain, shared = (torch.load(path) for path in ends)
+    for name, value in plain.items():
+        torch.testing.assert_close(shared[name], value, rtol=1e-9, atol=1e-11)
+    with pytest.raises(CheckpointError, match=r"holds another run: model.share_inputs was False, is True"):
+        make_run(finished[1], shares=True)
 
 
 def test_results_without_checkpoints_are_not_written_over(finished, tmp_path):
