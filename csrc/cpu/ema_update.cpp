@@ -13,7 +13,7 @@ constexpr int64_t kWhole = 65536;  // a tensor up to this size stays in the cach
 
 struct Weighing {
   Mode mode;
-  double weight, factor;  // constant, fallback or base weight; factor of "dema"
+  double weight, factor;  // fallback or base weight; factor of "dema"
 };
 
 // One tensor. Its weights belong to slices of [outer, n, inner]; n = 1 is one weight for all of it.
@@ -191,6 +191,18 @@ Streams<N> first(const Streams<4>& s) {
   return found;
 }
 
+// Moves what the mask lets through by one weight.
+void apply_one(const Streams<2>& s, const Plan& plan, const Unit& unit, float weight) {
+  if (blends_in_place(s, plan)) {
+    float* average = static_cast<float*>(s.data[0]) + unit.from;
+    const float* param = static_cast<const float*>(s.data[1]) + unit.from;
+    return lerp_where(average, param, weight, plan.mask + unit.from, plan.want(), unit.to - unit.from);
+  }
+  visit<1>(s, plan, unit.from, unit.to, [&](float* const* x, int64_t, int64_t length, int64_t stride, int64_t blocks) {
+    lerp(x[0], x[1], weight, length, stride, blocks);
+  });
+}
+
 void apply(const Item& item, const Unit& unit, const Weighing& how) {
   const auto each_block = [](int64_t stride, int64_t blocks, const auto& run) {
     for (int64_t block = 0; block < blocks; ++block) run(block * stride);
@@ -210,15 +222,8 @@ void apply(const Item& item, const Unit& unit, const Weighing& how) {
                  lerp_pema(x[0] + at, x[1] + at, x[2] + at, item.mean_moved, item.mean_square, weight, length);
                });
              });
-  } else if (item.n == 1 && blends_in_place(first<2>(item.streams), item.plan)) {
-    float* average = static_cast<float*>(item.streams.data[0]) + unit.from;
-    const float* param = static_cast<const float*>(item.streams.data[1]) + unit.from;
-    lerp_where(average, param, item.weights[0], item.plan.mask + unit.from, item.plan.want(), unit.to - unit.from);
   } else if (item.n == 1) {
-    visit<1>(first<2>(item.streams), item.plan, unit.from, unit.to,
-             [&](float* const* x, int64_t, int64_t length, int64_t stride, int64_t blocks) {
-               lerp(x[0], x[1], item.weights[0], length, stride, blocks);
-             });
+    apply_one(first<2>(item.streams), item.plan, unit, item.weights[0]);
   } else {
     alignas(64) float weights[kTile];
     visit<1>(first<2>(item.streams), item.plan, unit.from, unit.to,
@@ -260,27 +265,34 @@ std::vector<Item> items_of(const Tensor& table) {
   return items;
 }
 
+void update_constantly(const Tensor& table, float weight) {
+  const Lists<2> lists(table);
+  for_each_unit(units(lists.plans), [&](const Unit& unit) {
+    apply_one(lists.streams[unit.tensor], lists.plans[unit.tensor], unit, weight);
+  });
+}
+
 // `groups` is int64 [3 n]: of each tensor how its weights are shared, then numbers of slices, then lengths of one.
 void ema_update(Tensor table, Tensor groups, int64_t mode, double weight, double factor, std::vector<int64_t> ranks) {
   need(mode >= kConstant && mode <= kPema, "mode must be 0, 1 or 2");
+  if (mode == kConstant) return update_constantly(table, static_cast<float>(weight));
   const Weighing how{static_cast<Mode>(mode), weight, factor};
-  std::vector<Item> items = mode == kConstant ? items_of<2>(table) : mode == kPema ? items_of<3>(table)
-                                                                                   : items_of<4>(table);
+  std::vector<Item> items = mode == kPema ? items_of<3>(table) : items_of<4>(table);
   const size_t count = items.size();
-  need(mode == kConstant || (groups.numel() == static_cast<int64_t>(3 * count) && groups.is_contiguous() &&
-                             groups.scalar_type() == Dtype::Long), "groups must be contiguous int64 [3 n]");
-  const int64_t* of = mode == kConstant ? nullptr : static_cast<const int64_t*>(groups.const_data_ptr());
+  need(groups.numel() == static_cast<int64_t>(3 * count) && groups.is_contiguous() &&
+       groups.scalar_type() == Dtype::Long, "groups must be contiguous int64 [3 n]");
+  const int64_t* of = static_cast<const int64_t*>(groups.const_data_ptr());
   std::vector<int64_t> group_of;
   for (size_t e = 0; e < ranks.size(); ++e) group_of.insert(group_of.end(), ranks[e], static_cast<int64_t>(e));
 
   std::vector<Unit> work, whole, parts;
   for (size_t i = 0; i < count; ++i) {
-    if (of) set_groups(items[i], of[i], of[count + i], of[2 * count + i], group_of);
+    set_groups(items[i], of[i], of[count + i], of[2 * count + i], group_of);
     items[i].weights.assign(1, static_cast<float>(weight));
     add_units(static_cast<int64_t>(i), items[i].plan, work);
   }
   // where nothing is summed up, or what is summed up stays in the cache, a tensor is done in one go
-  const auto has_sums = [&](const Item& item) { return mode != kConstant && !(item.each && mode == kDema); };
+  const auto has_sums = [&](const Item& item) { return !(item.each && mode == kDema); };
   int64_t last = -1;
   for (const Unit& unit : work) {
     const Item& item = items[unit.tensor];
