@@ -60,18 +60,24 @@ RESULTS: list[Case] = []
 def providers_used() -> Iterator[dict[str, str]]:
     """Fills a table of op name -> backend with every provider that is chosen inside."""
     used: dict[str, str] = {}
-    choose = Op.choose
+    choose, at_once = Op.choose, Op.at_once
 
-    def watched(self, args, backend):
+    def chosen(self, args, backend):
         provider = choose(self, args, backend)
         used[self.name] = provider.backend
         return provider
 
-    Op.choose = watched
+    def done(self, *args, backend=None):
+        found = at_once(self, *args, backend=backend)
+        if found:
+            used[self.name] = self.first_asked(backend)
+        return found
+
+    Op.choose, Op.at_once = chosen, done
     try:
         yield used
     finally:
-        Op.choose = choose
+        Op.choose, Op.at_once = choose, at_once
 
 
 def other_backends(op: Op, default: str) -> list[str]:

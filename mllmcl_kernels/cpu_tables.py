@@ -10,19 +10,25 @@ from __future__ import annotations
 import operator
 import struct
 from collections.abc import Iterable, Sequence
-from itertools import accumulate, chain, islice
+from itertools import accumulate, chain, islice, repeat
 
 import torch
 from torch import Tensor
+from torch.library import Library
 
 from .checks import DTYPE, dtypes_in
 from .layouts import addresses, laid_like, laid_masks, lie_alike, seen, seen_as, slices
-from .masks import NONE
+from .masks import NONE, Mask
 
-__all__ = ["KeptTable", "list_reason", "list_table", "number_table"]
+__all__ = ["KeptTable", "list_reason", "list_table", "look", "number_table"]
 
 #: torch's own numbers of the dtypes
 DTYPE_CODE = {torch.float16: 5, torch.float32: 6, torch.bfloat16: 15}
+
+LIBRARY = Library("mllmcl_cpu", "FRAGMENT")
+LIBRARY.define("look(Tensor[] a, Tensor[] b, Tensor[] c, Tensor[] d, int lists, Tensor(a!) table) -> bool")
+#: lists that C++ looks at in one go
+MOST_LISTS = 4
 
 
 def number_table(numbers: Sequence[int]) -> Tensor:
@@ -95,6 +101,23 @@ def _list_numbers(written, read, masks, kinds, actives) -> tuple[list[int], list
             raise ValueError("mllmcl_cpu: masks must be uint8 and fit their tensors")
         body += [*addresses(masks), *kinds, *actives, *numbers, *inner]
     return head + body, [*read, masks]
+
+
+def look(lists: Sequence[list[Tensor] | tuple[Tensor, ...]], masks: Sequence[Mask | None] | None) -> Tensor | None:
+    """`list_table` of lists as they mostly are, without masks; None where they, or the masks, are otherwise.
+
+    One look says what `expect_lists`, `list_reason` and `list_table` find with a dozen: tensors of one shape at each
+    place, on the CPU, of one dtype in each list, lying alike and without gaps.
+    """
+    count = len(lists[0])
+    unmasked = masks is None or (
+        isinstance(masks, (list, tuple)) and len(masks) == count and all(map(operator.is_, masks, repeat(None)))
+    )
+    if not unmasked:
+        return None
+    table = torch.empty(2 + len(lists) + count * (1 + len(lists)), dtype=torch.int64)
+    padded = [*lists, *[()] * (MOST_LISTS - len(lists))]
+    return table if torch.ops.mllmcl_cpu.look.default(*padded, len(lists), table) else None
 
 
 class KeptTable:

@@ -71,13 +71,15 @@ class Provider:
     """One implementation.
 
     `run` has the reference's signature; `supports` says why arguments do not fit, or None. `prepare`, where there is
-    one, takes the arguments of a call and returns what makes it again (`Prepared`).
+    one, takes the arguments of a call and returns what makes it again (`Prepared`). `at_once`, where there is one,
+    looks at lists and works on them in one go (`Op.at_once`).
     """
 
     backend: str
     run: Callable
     supports: Callable[..., str | None]
     prepare: Callable[..., Callable[..., bool]] | None = None
+    at_once: Callable[..., bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -251,6 +253,27 @@ class Op:
         with _without_autocast():
             return self._apply(args, lengths, backend) if wants_grad else self._run(*args, backend=backend)
 
+    def first_asked(self, backend: str | None) -> str:
+        """The backend that comes first on a CPU: the one asked for, else that of the environment, else the fastest."""
+        return backend if backend is not None else library.default_backend() or PRIORITY["cpu"][0]
+
+    def at_once(self, lists: Sequence[Sequence[Tensor]], *rest, backend: str | None = None) -> bool:
+        """Make the call with lists that nobody has looked at, the first written into, where all is as it mostly is.
+
+        The rest is what the provider's `at_once` takes. False, with nothing done: the arguments have to be checked, in
+        words, and the op called.
+        """
+        if _is_watched() or not all(isinstance(tensors, (list, tuple)) for tensors in lists):
+            return False
+        name = self.first_asked(backend)
+        provider = self.find(name) if name in library.BACKENDS else None
+        if not isinstance(provider, Provider) or provider.at_once is None or _device_of(lists) != "cpu":
+            return False
+        if not PLAIN.issuperset(map(type, itertools.chain(*lists))) or not provider.at_once(lists, *rest):
+            return False
+        _count_change(lists[0])
+        return True
+
     def prepare(self, *args) -> Prepared | None:
         """What makes this call again in less time, None where nothing does; for ops that write into lists."""
         tensors = itertools.chain.from_iterable(args[place] for place in self.list_places)
@@ -338,13 +361,17 @@ class Op:
     # -- providers ----------------------------------------------------------------------------------------------------
 
     def provider(
-        self, backend: str, supports: Callable[..., str | None] = _anything, prepare: Callable | None = None
+        self,
+        backend: str,
+        supports: Callable[..., str | None] = _anything,
+        prepare: Callable | None = None,
+        at_once: Callable | None = None,
     ) -> Callable:
         """Decorator that adds an implementation for `backend`."""
         assert backend in library.BACKENDS, backend
 
         def add(run: Callable) -> Callable:
-            self.providers[backend] = Provider(backend, run, supports, prepare)
+            self.providers[backend] = Provider(backend, run, supports, prepare, at_once)
             return run
 
         return add

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from mllmcl_kernels import Mask, MaskedAdamW, anchor_grad_, ema_update_, importance_update_, masked_adamw_
+from mllmcl_kernels.cpu_tables import list_table, look
 from mllmcl_kernels.masks import flatten_masks
-from mllmcl_kernels.op import REGISTRY
+from mllmcl_kernels.op import REGISTRY, Op
 from mllmcl_kernels.testing import excess
 
 pytestmark = pytest.mark.skipif(isinstance(REGISTRY["masked_adamw_"].find("cpp"), str), reason="nothing was compiled")
@@ -141,3 +142,109 @@ def test_what_does_not_fit_never_reaches_memory():
     with pytest.raises(ValueError, match="masks must be uint8"):
         op(p, g, m, v, [torch.ones(4, 2)], [-2], [1], *rest, backend="cpp")
     assert torch.equal(p[0], torch.ones(4, 2))
+
+
+SHAPES = [(40, 30), (7,), (1, 5), (5, 1), (0, 3), (), (2, 3, 4)]
+#: pairs of lists as they mostly are
+USUAL = {
+    "by rows": lambda: (draws(0, SHAPES), draws(1, SHAPES)),
+    "tuples": lambda: (tuple(draws(0, SHAPES)), tuple(draws(1, SHAPES))),
+    "by columns": lambda: (list(map(by_columns, draws(0, SHAPES))), list(map(by_columns, draws(1, SHAPES)))),
+    "wide averages": lambda: (draws(0, SHAPES), [t.bfloat16() for t in draws(1, SHAPES)]),
+    "half": lambda: ([t.half() for t in draws(0, SHAPES)], [t.half() for t in draws(1, SHAPES)]),
+    "parameters": lambda: (draws(0, SHAPES), [torch.nn.Parameter(t) for t in draws(1, SHAPES)]),
+}
+
+
+class Own(torch.Tensor):
+    pass
+
+
+#: pairs of lists that are taken as well, but not at once
+UNUSUAL = {
+    "read by columns": lambda: ([torch.ones(4, 3)], [by_columns(draws(0, [(4, 3)])[0])]),
+    "with gaps": lambda: ([torch.ones(4, 6)[:, ::2]], draws(0, [(4, 3)])),
+    "both with gaps": lambda: ([torch.ones(4, 6)[:, ::2]], [torch.zeros(4, 6)[:, ::2]]),
+    "two dtypes": lambda: ([torch.ones(3), torch.ones(3).half()], draws(0, [(3,), (3,)])),
+    "float64": lambda: ([torch.ones(3).double()], [draws(0, [(3,)])[0].double()]),
+    "a subclass": lambda: ([torch.ones(3)], [draws(0, [(3,)])[0].as_subclass(Own)]),
+    "no tensors": lambda: ([], []),
+}
+
+
+@pytest.fixture
+def ops_called(monkeypatch) -> list[str]:
+    """Names of ops that were called, with lists that were looked at in Python."""
+    called, call = [], Op.__call__
+
+    def watched(self, *args, **kwargs):
+        called.append(self.name)
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(Op, "__call__", watched)
+    return called
+
+
+@pytest.mark.parametrize("masks", [None, [None] * len(SHAPES)], ids=["no list of masks", "no mask"])
+@pytest.mark.parametrize("make", USUAL.values(), ids=USUAL)
+def test_one_look_finds_what_several_find(make, masks):
+    averages, params = make()
+    table, _held = list_table((averages,), (params,), *flatten_masks("test", averages, None))
+    assert torch.equal(look((averages, params), masks), table)
+
+
+@pytest.mark.parametrize("make", [*USUAL.values(), *UNUSUAL.values()], ids=[*USUAL, *UNUSUAL])
+def test_averages_of_usual_lists_are_updated_at_once(make, ops_called):
+    """To the bits that the op gives, which is left out; any other lists are left to it."""
+    (averages, params), (plain, _) = make(), make()
+    versions = [average._version for average in averages]
+    ema_update_(averages, params, decay=0.75)
+    assert ops_called == ([] if make in USUAL.values() else ["ema_update_"] * bool(averages))
+    assert all(average._version > version for average, version in zip(averages, versions, strict=True))
+    none = [torch.empty(0, dtype=torch.uint8)] * len(plain), [-3] * len(plain), [0] * len(plain)
+    if plain:
+        REGISTRY["ema_update_"](list(plain), list(params), [], [], [], *none, 0, 0.25, 1.0, [-3] * len(plain), [])
+    assert all(map(torch.equal, averages, plain))
+
+
+def test_whom_the_call_names_runs_and_who_watches_sees_the_op(ops_called, monkeypatch):
+    averages, params = USUAL["by rows"]()
+
+    def called(**options) -> list[str]:
+        ops_called.clear()
+        ema_update_(averages, params, decay=0.75, **options)
+        return list(ops_called)
+
+    assert called(backend="cpp") == []
+    assert called(backend="reference") == ["ema_update_"]
+    assert called(masks=[*[None] * (len(SHAPES) - 1), Mask.rows(torch.tensor([True, False]))]) == ["ema_update_"]
+    with pytest.raises(ValueError, match=r"backend must be one of .* got 'fast'"):
+        called(backend="fast")
+    monkeypatch.setenv("MLLMCL_BACKEND", "reference")
+    assert called() == ["ema_update_"]
+    monkeypatch.delenv("MLLMCL_BACKEND")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        called()
+    assert any(event.key == "mllmcl::ema_update_" for event in profile.key_averages())
+
+
+WRONG = (
+    (lambda p: [*p[:2], p[2].t(), *p[3:]], None, ValueError, r"params\[2\] must be of averages\[2\]'s shape \[1, 5\]"),
+    (lambda p: [*p[:3], p[3].view(5), *p[4:]], None, ValueError, r"params\[3\] must be of averages\[3\]'s shape"),
+    (lambda p: [*p[:1], p[1].int(), *p[2:]], None, TypeError, r"params\[1\] must be of dtype"),
+    (lambda p: [*p[:1], None, *p[2:]], None, TypeError, r"params\[1\] must be a Tensor, got NoneType"),
+    (lambda p: [*p[:1], p[1].to("meta"), *p[2:]], None, ValueError, r"params\[1\] must be on cpu"),
+    (lambda p: p[:-1], None, ValueError, "params must be as many as averages = 7, got 6"),
+    (lambda p: torch.ones(7), None, TypeError, "params must be a list of tensors, got Tensor"),
+    (lambda p: p, [None], ValueError, "masks must be None or one for each of the 7 tensors, got 1"),
+    (lambda p: p, [0] * 7, TypeError, r"masks\[0\] must be a Mask or None, got int"),
+)
+
+
+@pytest.mark.parametrize(("change", "masks", "error", "match"), WRONG, ids=[wrong[3][:24] for wrong in WRONG])
+def test_what_one_look_refuses_is_told_in_words(change, masks, error, match):
+    averages, params = USUAL["by rows"]()
+    kept = [average.clone() for average in averages]
+    with pytest.raises(error, match=match):
+        ema_update_(averages, change(params), decay=0.75, masks=masks)
+    assert all(map(torch.equal, averages, kept))

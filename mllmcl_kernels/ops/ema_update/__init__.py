@@ -125,12 +125,14 @@ def ema_update_(
         squared_grads, grads = [grad.detach().square() for grad in grads], None
     given = {"grads": grads, "previous_grads": previous_grads, "squared_grads": squared_grads}
     read = _wanted(op, mode, given)
-    expect_lists(op, {"averages": averages, "params": params, **read})
+    base_weight = expect_real(op, "base_weight", base_weight, "in (0, 1]", lambda value: 0.0 < value <= 1.0)
+    factor = expect_real(op, "factor", factor, "positive", lambda value: value > 0.0)
     if mode is None:
         decay = expect_real(op, "decay", decay, "in [0, 1]", lambda value: 0.0 <= value <= 1.0)
         expect(granularity in (None, "tensor"), op, "granularity", 'None or "tensor" with decay', repr(granularity))
-    base_weight = expect_real(op, "base_weight", base_weight, "in (0, 1]", lambda value: 0.0 < value <= 1.0)
-    factor = expect_real(op, "factor", factor, "positive", lambda value: value > 0.0)
+        if ranks is None and ema_update_op.at_once((averages, params), masks, 1.0 - decay, backend=backend):
+            return
+    expect_lists(op, {"averages": averages, "params": params, **read})
     default = "element" if mode == "pema" else "tensor"
     groups = _groups(op, averages, default if granularity is None else granularity, dim, ranks)
     flat = flatten_masks(op, averages, masks)

@@ -7,7 +7,7 @@ from itertools import chain
 import torch
 from torch.library import Library
 
-from ...cpu_tables import list_reason, list_table, number_table
+from ...cpu_tables import list_reason, list_table, look, number_table
 from ...layouts import slices
 from . import ema_update_op
 from .reference import CONSTANT, DEMA, PEMA
@@ -22,7 +22,16 @@ def _supports(averages, params, grads, previous_grads, squared_grads, *_rest) ->
     return list_reason((averages, params, grads, previous_grads, squared_grads), "averages", averages)
 
 
-@ema_update_op.provider("cpp", supports=_supports)
+def _at_once(lists, masks, weight) -> bool:
+    """The constant rule on averages and parameters."""
+    table = look(lists, masks)
+    if table is None:
+        return False
+    torch.ops.mllmcl_cpu.ema_update.default(table, table, CONSTANT, weight, 1.0, [])
+    return True
+
+
+@ema_update_op.provider("cpp", supports=_supports, at_once=_at_once)
 def ema_update_cpp(
     averages, params, grads, previous_grads, squared_grads, masks, kinds, actives, rule, weight, factor, groups, ranks
 ):
