@@ -2,9 +2,10 @@
 // r rows of A, Q rows of A_old, K width
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 
-#include "../checks.h"
+#include "handles.h"
 #include "lanes.h"
 
 namespace mllmcl {
@@ -85,6 +86,21 @@ MLLMCL_BY_REGISTERS(void add_signed(const Products& sign, const Rows& old, int64
                                     float* spare),
                     add_signed_of<Widest<kRegisters>>(sign, old, width, count, grad, spare);)
 
+struct Matrix {
+  const void* data;
+  Dtype dtype;
+  int64_t rows, width;
+};
+
+Matrix matrix(AtenTensorHandle tensor) {
+  const Facts facts(tensor);
+  need(facts.is_usual() && facts.by_rows && facts.dim == 2, "layers must be contiguous [r, K]");
+  void* data = nullptr;
+  aoti_torch_get_data_ptr(tensor, &data);
+  // torch's own numbers of dtypes
+  return {data, static_cast<Dtype>(facts.dtype), facts.sizes[0], facts.sizes[1]};
+}
+
 // Up to four rows of A of one layer with all of its old rows.
 struct Unit {
   int64_t layer, row;
@@ -92,17 +108,17 @@ struct Unit {
 };
 
 // Rows `at` to `at + kRows` in float32; behind the last row the last one stands again. Gives how many are real.
-int64_t load_rows(const Tensor& from, int64_t at, std::vector<float>& buffer, Rows& rows) {
-  const int64_t width = from.size(1), real = std::min(kRows, from.size(0) - at);
+int64_t load_rows(const Matrix& from, int64_t at, std::vector<float>& buffer, Rows& rows) {
+  const int64_t width = from.width, real = std::min(kRows, from.rows - at);
   for (int64_t i = 0; i < kRows; ++i) {
     const int64_t row = at + std::min(i, real - 1);
-    rows[i] = load_row(from.const_data_ptr(), from.scalar_type(), row * width, width, buffer.data() + i * width);
+    rows[i] = load_row(from.data, from.dtype, row * width, width, buffer.data() + i * width);
   }
   return real;
 }
 
-double run_unit(const Unit& unit, const Tensor& lora_a, const Tensor& old) {
-  const int64_t width = lora_a.size(1), olds = old.size(0);
+double run_unit(const Unit& unit, const Matrix& lora_a, const Matrix& old) {
+  const int64_t width = lora_a.width, olds = old.rows;
   std::vector<float> a_buffer(kRows * width), old_buffer(kRows * width), spare(width);
   Rows a, others;
   Products product;
@@ -125,34 +141,40 @@ double run_unit(const Unit& unit, const Tensor& lora_a, const Tensor& old) {
 }
 
 // loss: one float32; grad: float32, one layer's [r, K] behind the other, or empty
-void orthogonality(std::vector<Tensor> lora_a, std::vector<Tensor> previous_a, Tensor loss, Tensor grad) {
+void run(const Handles& lora_a, const Handles& previous_a, const Tensor& loss, const Tensor& grad) {
   need(lora_a.size() == previous_a.size(), "lists must be equally long");
   need(loss.numel() == 1 && loss.scalar_type() == Dtype::Float, "loss must be one float32");
   need(grad.is_contiguous() && grad.scalar_type() == Dtype::Float, "grad must be contiguous float32");
   auto* slope = grad.numel() > 0 ? static_cast<float*>(grad.mutable_data_ptr()) : nullptr;
+  std::vector<std::array<Matrix, 2>> layers;
   std::vector<Unit> units;
   int64_t at = 0;
-  for (size_t i = 0; i < lora_a.size(); ++i) {
-    for (const Tensor* t : {&lora_a[i], &previous_a[i]})
-      need(t->dim() == 2 && t->is_contiguous() && is_row_dtype(t->scalar_type()), "layers must be contiguous [r, K]");
-    const int64_t rows = lora_a[i].size(0), width = lora_a[i].size(1);
-    need(previous_a[i].size(1) == width, "widths must agree");
-    for (int64_t row = 0; row < rows; row += kRows)
-      units.push_back({static_cast<int64_t>(i), row, slope ? slope + at + row * width : nullptr});
-    at += rows * width;
+  for (int64_t i = 0; i < lora_a.size(); ++i) {
+    const auto& [now, old] = layers.emplace_back(std::array{matrix(lora_a[i]), matrix(previous_a[i])});
+    need(old.width == now.width, "widths must agree");
+    for (int64_t row = 0; row < now.rows; row += kRows)
+      units.push_back({i, row, slope ? slope + at + row * now.width : nullptr});
+    at += now.rows * now.width;
   }
   need(slope == nullptr || grad.numel() == at, "grad must hold all layers");
   std::vector<double> sums(units.size());
   torch::stable::parallel_for(0, static_cast<int64_t>(units.size()), 1, [&](int64_t begin, int64_t end) {
     for (int64_t u = begin; u < end; ++u)
-      sums[u] = run_unit(units[u], lora_a[units[u].layer], previous_a[units[u].layer]);
+      sums[u] = run_unit(units[u], layers[units[u].layer][0], layers[units[u].layer][1]);
   });
   double all = 0.0;
   for (const double sum : sums) all += sum;
   *static_cast<float*>(loss.mutable_data_ptr()) = static_cast<float>(all);
 }
 
+// orthogonality(Tensor[] lora_a, Tensor[] previous_a, Tensor(a!) loss, Tensor(b!) slope) -> ()
+void orthogonality(StableIValue* stack, uint64_t, uint64_t) {
+  const Handles lora_a(stack[0]), previous_a(stack[1]);
+  const Tensor loss = to<Tensor>(stack[2]), slope = to<Tensor>(stack[3]);
+  run(lora_a, previous_a, loss, slope);
+}
+
 }  // namespace
 }  // namespace mllmcl
 
-STABLE_TORCH_LIBRARY_IMPL(mllmcl_cpu, CPU, m) { m.impl("orthogonality", TORCH_BOX(&mllmcl::orthogonality)); }
+STABLE_TORCH_LIBRARY_IMPL(mllmcl_cpu, CPU, m) { m.impl("orthogonality", &mllmcl::orthogonality); }
