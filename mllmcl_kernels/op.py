@@ -222,6 +222,7 @@ class Op:
         self.list_places = [place for place, kind in enumerate(kinds) if kind.startswith("List") and "Tensor" in kind]
         self.mutated_places = [self.argument_names.index(name) for name in self.mutates]
         self.returns_list = [str(result.type) for result in self.overload._schema.returns] == ["List[Tensor]"]
+        self.constant_places = {self.argument_names.index(name) for name in self.constants} & set(self.list_places)
         if self.backward is not None:
             torch.library.register_autograd(qualified, self.backward, setup_context=self._setup_context, lib=LIBRARY)
         elif not self.mutates:
@@ -288,6 +289,8 @@ class Op:
     def _apply(self, args: Sequence, lengths: dict[int, int] | None, backend: str | None):
         """Run the op with its gradient; `lengths` are those of the arguments that are lists of tensors, by place."""
         if lengths is not None:
+            # autograd looks at every tensor in the row, and those of a list that has no gradient may be hundreds
+            lengths = {place: length for place, length in lengths.items() if place not in self.constant_places}
             args = _in_a_row(args, lengths)
         return self.function.apply(*args, lengths, backend)
 
@@ -318,7 +321,7 @@ class Op:
                     row = _in_a_row(op.backward(ctx, *given), ctx.lengths)
                 finally:
                     ctx.needs_input_grad = flat
-                # what is left as a list is an empty one
+                # what is left as a list is an empty one, or one that gets no gradient
                 return (*(None if isinstance(grad, list) else grad for grad in row), None, None)
 
         Function.__name__ = Function.__qualname__ = self.name

@@ -35,6 +35,14 @@ def test_orthogonality_is_the_sum_over_layers():
     torch.testing.assert_close(orthogonality_loss(a[0], old[0]), (a[0] @ old[0].t()).abs().sum().detach())
 
 
+def test_autograd_sees_no_tensor_of_a_list_without_gradient():
+    """It would look at each of them, in the forward and in the backward."""
+    a, _ = layers(dtype=torch.float32)
+    loss = orthogonality_loss(a, [torch.randn(5, width) for width, _ in WIDTHS])
+    seen = [getattr(node, "variable", None) for node, _ in loss.grad_fn.next_functions]
+    assert list(map(id, seen)) == list(map(id, a))
+
+
 def test_orthogonal_directions_cost_nothing():
     basis = basis_of(torch.Generator().manual_seed(0), 10, 6).t()
     assert orthogonality_loss(basis[:2], basis[2:]) < 1e-12
