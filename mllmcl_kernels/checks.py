@@ -32,9 +32,14 @@ __all__ = [
     "shapes_of",
 ]
 
-DTYPE, DEVICE, SHAPE = (operator.attrgetter(name) for name in ("dtype", "device", "shape"))
+DTYPE, DEVICE, SHAPE, IS_CPU = (operator.attrgetter(name) for name in ("dtype", "device", "shape", "is_cpu"))
 #: what torch.compile can trace in their place
-TRACEABLE = {DTYPE: lambda one: one.dtype, DEVICE: lambda one: one.device, SHAPE: lambda one: one.shape}
+TRACEABLE = {
+    DTYPE: lambda one: one.dtype,
+    DEVICE: lambda one: one.device,
+    SHAPE: lambda one: one.shape,
+    IS_CPU: lambda one: one.is_cpu,
+}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -91,7 +96,8 @@ def are_floating(*lists: Sequence) -> bool:
     return (
         all(issubclass(kind, Tensor) for kind in set(map(type, chain(*lists))))
         and dtypes_in(*lists) <= set(FLOATS)
-        and len(set(_each(DEVICE, chain(*lists)))) <= 1
+        # a device is an object to make for each tensor
+        and (all(_each(IS_CPU, chain(*lists))) or len(set(_each(DEVICE, chain(*lists)))) <= 1)
     )
 
 
