@@ -19,7 +19,17 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .triton_tools import Tile, Tiles, ceil_div, compute_capability, dot, dot_precision, launch, num_processors
+from .triton_tools import (
+    Tile,
+    Tiles,
+    ceil_div,
+    compute_capability,
+    dense_rows,
+    dot,
+    dot_precision,
+    launch,
+    num_processors,
+)
 from .tuning import bucket, pick_tile
 
 __all__ = ["add_product", "candidates", "dual_product", "maps_product", "ways"]
@@ -120,9 +130,9 @@ def dual_product(x: Tensor, weight: Tensor, bias: Tensor | None, mixed: Tensor, 
     be transposed views.
     """
     across = _lies_across(weight) and lora_b.stride(0) == 1
-    x, mixed = x.contiguous(), mixed if mixed.stride(1) == 1 else mixed.contiguous()
+    x, mixed = dense_rows(x), dense_rows(mixed)
     if not across:
-        weight, lora_b = weight.contiguous(), lora_b.contiguous()
+        weight, lora_b = dense_rows(weight), dense_rows(lora_b)
     (tokens, width), (out, rank) = x.shape, lora_b.shape
     y = x.new_empty(tokens, out)
 

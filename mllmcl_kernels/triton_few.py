@@ -20,6 +20,7 @@ from .triton_tools import (
     Gating,
     Tile,
     ceil_div,
+    dense_rows,
     dot,
     dot_precision,
     gate_tile,
@@ -112,7 +113,7 @@ def few_tokens_product(
     x: Tensor, weight: Tensor, bias: Tensor | None, planes: Tensor, lora_b: Tensor, by: Gating
 ) -> tuple[Tensor, Tensor]:
     """y [T, N] and s [T, R] in x's dtype from x [T, K], weight [N, K], lora_b [N, R] and the planes [P, T, R] of s."""
-    x, weight = x.contiguous(), weight.contiguous()
+    x, weight = dense_rows(x), dense_rows(weight)
     (tokens, width), (out, rank) = x.shape, lora_b.shape
     y, s = x.new_empty(tokens, out), x.new_empty(tokens, rank)
 

@@ -427,6 +427,32 @@ def test_what_can_add_a_product():
     assert str(candidates(4096, 8192, 128, torch.bfloat16, False)[-1]) == kernels[0]
 
 
+@inside
+@pytest.mark.parametrize("name", ["dual source", "few tokens"])
+def test_rows_that_lie_apart_are_read_where_they_are(name: str):
+    """x, W and B as columns of wider tensors, NaN beside them: no copy is made, nothing of it is read."""
+    from mllmcl_kernels import triton_expand, triton_tools
+
+    def apart(tensor):
+        return torch.full((tensor.shape[0], tensor.shape[1] + 24), float("nan"))[:, 8:-16].copy_(tensor)
+
+    x, weight, bias, a, b, *rest = layer_args(5, 72, 70, [5, 0, 9], None)
+    op, given, seen = REGISTRY["lora_mix"], [apart(x), apart(weight), bias, a, apart(b)], set()
+    start = triton_tools.start
+
+    def noting(kernel, grid, args, *constants):
+        if kernel.fn.__name__ in ("_dual_product_kernel", "_few_tokens_kernel"):
+            seen.update(arg.data_ptr() for arg in args if isinstance(arg, torch.Tensor))
+        start(kernel, grid, args, *constants)
+
+    dual = mock.patch.object(triton_expand, "candidates", lambda *_: (triton_expand.Way(triton_expand.DUAL),))
+    with dual if name == "dual source" else in_two_launches(), mock.patch.object(triton_tools, "start", noting):
+        y, s = op(*given, *rest, backend="triton")
+    assert {given[place].data_ptr() for place in (0, 1, 4)} <= seen
+    for ours, truth in zip((y, s), op(x, weight, bias, a, b, *rest, backend="reference"), strict=True):
+        torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-5)
+
+
 # -- few tokens -------------------------------------------------------------------------------------------------------
 
 
