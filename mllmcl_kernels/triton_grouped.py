@@ -234,7 +234,7 @@ def _gate_of_rows(gates_ptr, rows, expert, T, run, num_experts, KIND: tl.constex
 @triton.jit
 def _grouped_shrink_kernel(
     x_ptr, a_ptr, s_ptr, mixed_ptr, gates_ptr, scale_ptr, rank_starts_ptr, seed_ptr, order_ptr, starts_ptr,
-    T, K, R, top_k, run, num_experts, stride_xt, stride_xk, stride_ar, stride_ak,
+    T, K, R, top_k, run, num_experts, stride_xt, stride_xk, stride_ar, stride_ak, stride_mt,
     KIND: tl.constexpr, DROPS: tl.constexpr, THRESHOLD: tl.constexpr, KEEP_SCALE: tl.constexpr,
     PRECISION: tl.constexpr, ALIGNED: tl.constexpr, PAD_E: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -255,7 +255,8 @@ def _grouped_shrink_kernel(
             inside = (rows < T)[:, None] & (cols < end)[None, :]
             places = rows[:, None] * R + cols[None, :]
             tl.store(s_ptr + places, acc.to(s_ptr.dtype.element_ty), mask=inside)
-            tl.store(mixed_ptr + places, (acc * factor).to(mixed_ptr.dtype.element_ty), mask=inside)
+            targets = rows[:, None] * stride_mt + cols[None, :]
+            tl.store(mixed_ptr + targets, (acc * factor).to(mixed_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -351,17 +352,18 @@ def _rank_launch(kernel, args: tuple, pairs: Pairs, ranks: Sequence[int], by: Ga
 
 
 def grouped_shrink(
-    x: Tensor, lora_a: Tensor, seed: Tensor | None, dropout: float, ranks: Sequence[int], by: Gating, pairs: Pairs
-) -> tuple[Tensor, Tensor]:
-    """s = drop(x) A^T and s * G, [T, R] in x's dtype, zero where a token has not chosen."""
+    x: Tensor, lora_a: Tensor, seed: Tensor | None, dropout: float, ranks: Sequence[int], by: Gating, pairs: Pairs,
+    mixed: Tensor,
+) -> Tensor:  # fmt: skip
+    """s = drop(x) A^T, [T, R] in x's dtype, and s * G in `mixed` [T, R]: zero where a token has not chosen."""
     (tokens, width), rank = x.shape, lora_a.shape[0]
-    s, mixed = x.new_zeros(tokens, rank), x.new_zeros(tokens, rank)
+    s, _ = x.new_zeros(tokens, rank), mixed.zero_()
     args = (
         x, lora_a, s, mixed, by.gates, by.scale, by.starts, x if seed is None else seed, pairs.order, pairs.starts,
-        tokens, width, rank, pairs.top_k, by.run, by.experts, *x.stride(), *lora_a.stride(),
+        tokens, width, rank, pairs.top_k, by.run, by.experts, *x.stride(), *lora_a.stride(), mixed.stride(0),
     )  # fmt: skip
     _rank_launch(_grouped_shrink_kernel, args, pairs, ranks, by, **_dropping(dropout))
-    return s, mixed
+    return s
 
 
 def grouped_rank_gradients(

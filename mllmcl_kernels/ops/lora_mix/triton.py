@@ -107,7 +107,7 @@ TILES = LoraMixTiles(
 @triton.jit
 def _lora_mix_shrink_kernel(
     x_ptr, a_ptr, s_ptr, mixed_ptr, planes_ptr, gates_ptr, owner_ptr, scale_ptr, seed_ptr, flag_ptr,
-    T, K, R, run, num_experts, stride_xt, stride_xk, stride_ar, stride_ak,
+    T, K, R, run, num_experts, stride_xt, stride_xk, stride_ar, stride_ak, stride_mt,
     KIND: tl.constexpr, DROPS: tl.constexpr, THRESHOLD: tl.constexpr, KEEP_SCALE: tl.constexpr,
     SPLIT: tl.constexpr, PLANES: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -132,12 +132,13 @@ def _lora_mix_shrink_kernel(
             gates_ptr, owner_ptr, scale_ptr, rows, cols, row_mask, col_mask, run, num_experts, KIND
         )  # fmt: skip
         tl.store(s_ptr + places, acc.to(s_ptr.dtype.element_ty), mask=inside)
-        tl.store(mixed_ptr + places, (acc * factor).to(mixed_ptr.dtype.element_ty), mask=inside)
+        targets = rows[:, None] * stride_mt + cols[None, :]
+        tl.store(mixed_ptr + targets, (acc * factor).to(mixed_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _lora_mix_gate_kernel(
-    planes_ptr, s_ptr, mixed_ptr, gates_ptr, owner_ptr, scale_ptr, flag_ptr, T, R, run, num_experts, width,
+    planes_ptr, s_ptr, mixed_ptr, gates_ptr, owner_ptr, scale_ptr, flag_ptr, T, R, run, num_experts, width, stride_mt,
     KIND: tl.constexpr, SPLIT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """s from its planes [SPLIT, T, width] in fixed order and s * G; with SPLIT = 0 only s * G from s."""
@@ -158,7 +159,8 @@ def _lora_mix_gate_kernel(
     factor = gate_tile(
         gates_ptr, owner_ptr, scale_ptr, rows, cols, row_mask, col_mask, run, num_experts, KIND
     )  # fmt: skip
-    tl.store(mixed_ptr + places, (s * factor).to(mixed_ptr.dtype.element_ty), mask=inside)
+    targets = rows[:, None] * stride_mt + cols[None, :]
+    tl.store(mixed_ptr + targets, (s * factor).to(mixed_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -338,10 +340,12 @@ def _rank_launch(
     attempt(pick_tile(key, choices, like.device, attempt))
 
 
-def shrink(x: Tensor, lora_a: Tensor, seed: Tensor | None, dropout: float, by: Gating) -> tuple[Tensor, Tensor]:
-    """s = drop(x) A^T and s * G, [T, R] in x's dtype."""
+def shrink(
+    x: Tensor, lora_a: Tensor, seed: Tensor | None, dropout: float, by: Gating, mixed: Tensor
+) -> Tensor:  # fmt: skip
+    """s = drop(x) A^T, [T, R] in x's dtype; s * G goes into `mixed` [T, R], whose rows may lie apart."""
     (tokens, width), rank = x.shape, lora_a.shape[0]
-    s, mixed = x.new_empty(tokens, rank), x.new_empty(tokens, rank)
+    s = x.new_empty(tokens, rank)
 
     def run(tile: Tile, n: int, split: int) -> None:
         if tile == TORCH:
@@ -354,7 +358,7 @@ def shrink(x: Tensor, lora_a: Tensor, seed: Tensor | None, dropout: float, by: G
             mix_ranks(planes, s, mixed, split, by)
 
     _rank_launch("lora_mix_shrink", tokens, width, rank, x, run, dropout)
-    return s, mixed
+    return s
 
 
 def shrink_planes(x: Tensor, lora_a: Tensor, seed: Tensor | None = None, dropout: float = 0.0) -> Tensor:
@@ -379,7 +383,7 @@ def _launch_shrink(x, lora_a, s, mixed, planes, seed, dropout, by: Gating, tile:
     launch(
         _lora_mix_shrink_kernel, (ceil_div(tokens, tile.m) * ceil_div(rank, n), split),
         x, lora_a, s, mixed, planes, by.gates, by.owner, by.scale, x if seed is None else seed, by.flag,
-        tokens, width, rank, by.run, by.experts, *x.stride(), *lora_a.stride(),
+        tokens, width, rank, by.run, by.experts, *x.stride(), *lora_a.stride(), mixed.stride(0),
         KIND=by.kind, DROPS=dropout > 0.0, THRESHOLD=threshold(dropout), KEEP_SCALE=1.0 / (1.0 - dropout),
         SPLIT=split, PLANES=cut, PRECISION=dot_precision(), BLOCK_T=tile.m, BLOCK_R=n, BLOCK_K=tile.k,
         warps=tile.warps, stages=tile.stages,
@@ -392,7 +396,8 @@ def mix_ranks(planes: Tensor, s: Tensor, mixed: Tensor, split: int, by: Gating) 
     n = min(tile.n, power_of_two(rank))
     launch(
         _lora_mix_gate_kernel, (ceil_div(tokens, tile.m) * ceil_div(rank, n),),
-        planes, s, mixed, by.gates, by.owner, by.scale, by.flag, tokens, rank, by.run, by.experts, planes.shape[-1],
+        planes, s, mixed, by.gates, by.owner, by.scale, by.flag, tokens, rank, by.run, by.experts,
+        planes.shape[-1], mixed.stride(0),
         KIND=by.kind, SPLIT=split, BLOCK_T=tile.m, BLOCK_R=n, warps=tile.warps,
     )  # fmt: skip
 
@@ -424,11 +429,11 @@ def mix(
         return few_tokens_product(x, weight, bias, planes, lora_b, by)
 
     def run(grouping: Grouping) -> tuple[Tensor, Tensor]:
-        pairs = pairs_by_expert(choice, x.shape[0], by, grouping)
+        pairs, mixed = pairs_by_expert(choice, x.shape[0], by, grouping), x.new_empty(x.shape[0], lora_a.shape[0])
         if pairs is None:
-            s, mixed = shrink(x, lora_a, seed, dropout, by)
+            s = shrink(x, lora_a, seed, dropout, by, mixed)
         else:
-            s, mixed = grouped_shrink(x, lora_a, seed, dropout, ranks, by, pairs)
+            s = grouped_shrink(x, lora_a, seed, dropout, ranks, by, pairs, mixed)
         return add_product(x, weight, bias, mixed, lora_b), s
 
     key = ("lora_mix_launches", bucket(x.shape[0]), *weight.shape, lora_a.shape[0], by.kind, x.dtype)

@@ -80,7 +80,7 @@ class Passes:
 def _lora_mix_routed_shrink_kernel(
     x_ptr, a_ptr, router_ptr, bias_ptr, s_ptr, mixed_ptr, owner_ptr, scale_ptr, noise_ptr, allowed_ptr,
     gates_ptr, indices_ptr, values_ptr, logits_ptr, probs_ptr,
-    T, K, R, E, top_k, temperature, stride_xt, stride_xk, stride_allowed,
+    T, K, R, E, top_k, temperature, stride_xt, stride_xk, stride_mt, stride_allowed,
     BIAS: tl.constexpr, NOISE: tl.constexpr, MASK: tl.constexpr, SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr,
     STRAIGHT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, PAD_C: tl.constexpr, PAD_E: tl.constexpr, PAD_K: tl.constexpr,
@@ -127,7 +127,7 @@ def _lora_mix_routed_shrink_kernel(
     places = rows[:, None] * R + cols[None, :]
     tl.store(s_ptr + places, acc.to(s_ptr.dtype.element_ty), mask=kept)
     mixed = acc * (gate * scale[None, :])
-    tl.store(mixed_ptr + places, mixed.to(mixed_ptr.dtype.element_ty), mask=kept)
+    tl.store(mixed_ptr + rows[:, None] * stride_mt + cols[None, :], mixed.to(mixed_ptr.dtype.element_ty), mask=kept)
 
 
 def _choice(indices: Tensor, experts: int, straight_through: bool) -> Choice | None:
@@ -188,7 +188,7 @@ def _in_one_pass(
             x, a_rows, router_rows, router_rows if router_bias is None else router_bias, s, mixed, owner, scale,
             s if noise is None else noise.contiguous(), allowed, *routing,
             tokens, width, rank, experts, top_k, temperature,
-            *x.stride(), stride_allowed,
+            *x.stride(), mixed.stride(0), stride_allowed,
             BIAS=router_bias is not None, NOISE=noise is not None, MASK=expert_mask is not None,
             SIGMOID=score == "sigmoid", RENORMALIZE=renormalize, STRAIGHT=straight_through, PRECISION=dot_precision(),
             BLOCK_T=tile.m, BLOCK_K=tile.k, PAD_C=power_of_two(rank + experts), PAD_E=power_of_two(experts),
