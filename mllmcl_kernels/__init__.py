@@ -1,5 +1,6 @@
 """Kernels for continual learning with LoRA experts: mixing, routing, masked updates, forward and backward."""
 
+from .concat import rows_with_room, side_by_side
 from .library import backends
 from .masks import Mask
 from .ops.anchor_grad import anchor_grad_
@@ -39,7 +40,9 @@ __all__ = [
     "orthogonality_loss",
     "project_grads_",
     "route",
+    "rows_with_room",
     "sampled_product_l1",
+    "side_by_side",
     "soft_target_cross_entropy",
     "teacher_top_k",
     "tune",

@@ -2,7 +2,8 @@
 
 torch's product and one more added onto it is always there and the default; it reads and writes the result once more.
 In slabs the rows of x and y stay in the cache between the two. The kernels below contract over (x, W) and over
-(mixed, B) and write once, but have to keep up with cuBLAS. `tuning.tune` times what there is.
+(mixed, B) and write once, but have to keep up with cuBLAS. Where W and B lie side by side, one product of torch does
+both, for a copy of x where its rows have no room behind them (`concat`). `tuning.tune` times what there is.
 """
 
 # T tokens, K in, N out, R sum of ranks
@@ -19,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .concat import are_side_by_side, joined_rows, joined_weights, room_behind
 from .triton_tools import (
     Tile,
     Tiles,
@@ -32,10 +34,10 @@ from .triton_tools import (
 )
 from .tuning import bucket, pick_tile
 
-__all__ = ["add_product", "candidates", "dual_product", "maps_product", "ways"]
+__all__ = ["add_product", "candidates", "dual_product", "maps_product", "mixed_rows", "ways"]
 
 #: kinds of `Way`
-ADD, SLABS, DUAL, MAPS = 0, 1, 2, 3
+ADD, SLABS, DUAL, MAPS, CONCAT = 0, 1, 2, 3, 4
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Way:
     size: int = 0
 
     def __str__(self) -> str:
-        names = ("two products", f"slabs of {self.size}", "dual source", "dual source by tensor maps")
+        names = ("two products", f"slabs of {self.size}", "dual source", "dual source by tensor maps", "one product")
         return names[self.kind]
 
 
@@ -231,22 +233,33 @@ def _mappable(tensor: Tensor) -> Tensor:
 # -- which way --------------------------------------------------------------------------------------------------------
 
 
-def candidates(tokens: int, width: int, rank: int, dtype: torch.dtype, has_maps: bool) -> tuple[Way, ...]:
+def candidates(
+    tokens: int, width: int, rank: int, dtype: torch.dtype, has_maps: bool, side_by_side: bool
+) -> tuple[Way, ...]:
     """What can add a product of depth `rank` onto one of depth `width`; the first one runs where none was timed.
 
     Below 512 tokens the base product waits for W, not for arithmetic, and nothing beats it. Triton loads wide only from
-    rows whose length is a multiple of 16.
+    rows whose length is a multiple of 16. One product needs W and B `side_by_side`.
     """
     if dtype == torch.float32 or tokens < 512:
         return (Way(ADD),)
     found = [Way(ADD), *(Way(SLABS, size) for size in (1024, 2048) if tokens >= 2 * size)]
     if rank % 16 == 0 and width % 16 == 0:
         found += [Way(DUAL), Way(MAPS)] if has_maps else [Way(DUAL)]
-    return tuple(found)
+    return (*found, Way(CONCAT)) if side_by_side else tuple(found)
 
 
-def _candidates_for(x: Tensor, rank: int) -> tuple[Way, ...]:
-    return candidates(*x.shape, rank, x.dtype, compute_capability(x.device) >= 9)
+def _candidates_for(x: Tensor, weight: Tensor, lora_b: Tensor) -> tuple[Way, ...]:
+    has_maps = compute_capability(x.device) >= 9
+    return candidates(*x.shape, lora_b.shape[1], x.dtype, has_maps, are_side_by_side(weight, lora_b))
+
+
+def mixed_rows(x: Tensor, weight: Tensor, lora_b: Tensor) -> Tensor:
+    """An empty [T, R] for s * G: behind the rows of x where one product may read it there, else on its own."""
+    behind = room_behind(x, lora_b.shape[1])
+    if behind is None or Way(CONCAT) not in _candidates_for(x, weight, lora_b):
+        return x.new_empty(x.shape[0], lora_b.shape[1])
+    return behind
 
 
 def _run(way: Way, x: Tensor, weight: Tensor, bias: Tensor | None, mixed: Tensor, lora_b: Tensor) -> Tensor:
@@ -254,6 +267,8 @@ def _run(way: Way, x: Tensor, weight: Tensor, bias: Tensor | None, mixed: Tensor
         return dual_product(x, weight, bias, mixed, lora_b)
     if way.kind == MAPS:
         return maps_product(x, weight, bias, mixed, lora_b)
+    if way.kind == CONCAT:
+        return F.linear(joined_rows(x, mixed), joined_weights(weight, lora_b), bias)
     if way.kind == ADD:
         return F.linear(x, weight, bias).addmm_(mixed, lora_b.t())
     size = way.size
@@ -275,12 +290,15 @@ def add_product(x: Tensor, weight: Tensor, bias: Tensor | None, mixed: Tensor, l
         return _run(way, x, weight, bias, mixed, lora_b)
 
     key = ("add_product", bucket(tokens), width, out, rank, weight.stride(0) == 1, lora_b.stride(0) == 1, x.dtype)
-    return run(pick_tile(key, _candidates_for(x, rank), x.device, run))
+    found = _candidates_for(x, weight, lora_b)
+    if found[-1].kind == CONCAT:
+        key = (*key, "side by side", "copied" if room_behind(x, rank) is None else "in place")
+    return run(pick_tile(key, found, x.device, run))
 
 
 def ways(
     x: Tensor, weight: Tensor, bias: Tensor | None, mixed: Tensor, lora_b: Tensor
 ) -> dict[str, Callable[[], Tensor]]:
     """Every way that fits these tensors, by its name."""
-    found = _candidates_for(x, lora_b.shape[1])
+    found = _candidates_for(x, weight, lora_b)
     return {str(way): lambda way=way: _run(way, x, weight, bias, mixed, lora_b) for way in found}

@@ -13,7 +13,18 @@ if not torch.cuda.is_available():
 
 import torch.nn.functional as F
 
-from mllmcl_kernels import Mask, MaskedAdamW, faults, lora_mix, lora_mix_routed, masked_adamw_, route
+from mllmcl_kernels import (
+    Mask,
+    MaskedAdamW,
+    faults,
+    lora_mix,
+    lora_mix_routed,
+    masked_adamw_,
+    route,
+    rows_with_room,
+    side_by_side,
+)
+from mllmcl_kernels.concat import room_behind
 from mllmcl_kernels.op import REGISTRY
 from mllmcl_kernels.testing import excess
 
@@ -220,6 +231,45 @@ def test_whatever_tuning_chooses_is_right(tokens: int, place: int):
     given, gates = layer(tokens, 1024, 768), torch.rand(tokens, E, device=DEVICE)
     with picking(place):
         follow_the_rule(outcome(given, gates, "triton"), given, gates)
+
+
+def laid_side_by_side(given: dict, lies: str) -> dict:
+    """The layer with W and B side by side and x "copied" or "in place"; NaN behind the rows of x."""
+    x, room = given["x"].detach(), len(given["lora_a"])
+    if lies == "in place":
+        placed = rows_with_room(x.shape, room, dtype=x.dtype, device=DEVICE)
+        room_behind(placed, room).fill_(float("nan"))
+        x = placed.copy_(x)
+    weight, b = side_by_side(given["weight"], given["lora_b"])
+    return given | {"x": x.requires_grad_(), "weight": weight, "lora_b": b.requires_grad_()}
+
+
+@needs_triton
+@pytest.mark.parametrize("place", range(6))
+@pytest.mark.parametrize("tokens", [33, 700, 4096])
+@pytest.mark.parametrize("lies", ["copied", "in place"])
+def test_whatever_tuning_chooses_is_right_side_by_side(lies: str, tokens: int, place: int):
+    """The last candidate is one product; x keeps its bits."""
+    given, gates = laid_side_by_side(layer(tokens, 1024, 768), lies), torch.rand(tokens, E, device=DEVICE)
+    x = given["x"].detach().clone()
+    with picking(place):
+        follow_the_rule(outcome(given, gates, "triton"), given, gates)
+    assert torch.equal(given["x"], x)
+
+
+@needs_triton
+@pytest.mark.parametrize("lies", ["copied", "in place"])
+def test_a_graph_of_one_product_replays_with_other_gates(lies: str):
+    torch.manual_seed(0)
+    given, gates = laid_side_by_side(layer(600, 256, 384), lies), torch.rand(600, E, device=DEVICE)
+    with picking(-1):
+        graph, found = captured(lambda: outcome(given, gates, "triton"))
+        for seed in range(2):
+            gates.copy_(torch.rand(600, E))
+            given["x"].data.copy_(layer(600, 256, 384, seed=seed + 1)["x"].data)
+            graph.replay()
+            torch.cuda.synchronize()
+            follow_the_rule(found, given, gates)
 
 
 @needs_triton

@@ -417,14 +417,192 @@ def test_what_can_add_a_product():
     """torch's two products come first, so that they run where nothing was timed."""
     from mllmcl_kernels.triton_expand import candidates
 
-    def names(*size):
-        return [str(way) for way in candidates(*size, True)]
+    def names(*size, side_by_side=False):
+        return [str(way) for way in candidates(*size, True, side_by_side)]
 
     slabs, kernels = ["slabs of 1024", "slabs of 2048"], ["dual source", "dual source by tensor maps"]
     assert names(4096, 8192, 128, torch.bfloat16) == ["two products", *slabs, *kernels]
     assert names(4096, 512, 120, torch.bfloat16) == ["two products", *slabs]
     assert names(4096, 512, 128, torch.float32) == names(64, 512, 128, torch.bfloat16) == ["two products"]
-    assert str(candidates(4096, 8192, 128, torch.bfloat16, False)[-1]) == kernels[0]
+    assert str(candidates(4096, 8192, 128, torch.bfloat16, False, False)[-1]) == kernels[0]
+    beside = {"side_by_side": True}
+    assert names(4096, 8192, 128, torch.bfloat16, **beside) == ["two products", *slabs, *kernels, "one product"]
+    assert names(512, 8192, 120, torch.float16, **beside) == ["two products", "one product"]
+    assert names(4096, 512, 128, torch.float32, **beside) == names(511, 512, 128, torch.float16, **beside)
+    assert names(511, 512, 128, torch.float16, **beside) == ["two products"]
+
+
+# -- one product of what lies side by side ----------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def in_one_product(take: int = -1) -> Iterator[list[tuple[torch.Tensor, ...]]]:
+    """The last way of adding a product wins, and what else is picked is the candidate `take`; collects x, s * G and
+    [x | s * G] of each product in one."""
+    from mllmcl_kernels import triton_expand
+    from mllmcl_kernels.ops.lora_mix import triton as mix
+    from mllmcl_kernels.ops.lora_mix_routed import triton as routed
+
+    joined = []
+    join = triton_expand.joined_rows
+
+    def joining(x, mixed):
+        joined.append((x, mixed, join(x, mixed)))
+        return joined[-1][2]
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(triton_expand, "joined_rows", joining))
+        stack.enter_context(mock.patch.object(triton_expand, "pick_tile", lambda key, found, *_: found[-1]))
+        for module in (mix, routed):
+            stack.enter_context(mock.patch.object(module, "pick_tile", lambda key, found, *_: found[take]))
+        yield joined
+
+
+def side_by_side_layer(args: tuple, lies: str) -> tuple:
+    """The arguments with W and B side by side and x "in place", "copied" or in somebody's wider "slice"; NaN in all
+    that is nobody's."""
+    from mllmcl_kernels import rows_with_room, side_by_side
+
+    x, weight, bias, a, b, *rest = args
+    (tokens, width), rank = x.shape, len(a)
+    if lies == "in place":
+        placed = rows_with_room((tokens, width), rank, dtype=x.dtype)
+        behind = placed.stride(0) - width
+        placed.as_strided((tokens, behind), placed.stride(), width).fill_(float("nan"))
+        x = placed.copy_(x)
+    elif lies == "slice":
+        x = torch.cat((x, torch.full((tokens, 64), 7.0, dtype=x.dtype)), 1)[:, :width]
+    weight, b = side_by_side(weight, b)
+    behind = weight.stride(0) - width - rank
+    weight.as_strided((len(weight), behind), weight.stride(), width + rank).fill_(float("nan"))
+    return (x, weight, bias, a, b, *rest)
+
+
+def step_of(args: tuple, backend: str) -> list[torch.Tensor]:
+    """y and every gradient, by autograd."""
+    leaves = [arg.detach().requires_grad_() for arg in args[:5] if arg is not None]
+    gates = args[5]
+    if gates is not None and gates.is_floating_point():
+        gates = gates.detach().requires_grad_()
+        leaves.append(gates)
+    layer = [None if arg is None else leaf for arg, leaf in zip(args, expanded(leaves, args), strict=False)]
+    y, _ = REGISTRY["lora_mix"](*layer, gates, *args[6:], backend=backend)
+    return [y.detach(), *torch.autograd.grad(y.float().sin().sum(), leaves)]
+
+
+def expanded(leaves: list[torch.Tensor], args: tuple) -> Iterator[torch.Tensor | None]:
+    """The leaves in the places of the first five arguments, None where there was none."""
+    left = iter(leaves)
+    return (None if arg is None else next(left) for arg in args[:5])
+
+
+SOFT = torch.randn(520, 3, generator=torch.Generator().manual_seed(6))
+
+
+@inside
+@pytest.mark.parametrize("gates", ["soft", "ids"])
+@pytest.mark.parametrize("lies", ["copied", "in place", "slice"])
+def test_one_product_of_what_lies_side_by_side(lies: str, gates: str):
+    """Output and gradients by the error rule; x and what is beside it keep their bits, s * G is written once.
+
+    Soft gates come with a bias and a tile of ours for s, ids with neither.
+    """
+    take, gates, has_bias = (0, SOFT, True) if gates == "soft" else (-1, torch.arange(520) % 4 - 1, False)
+    args = layer_args(520, 72, 40, [5, 0, 9], gates, torch.float16)
+    args = (*args[:2], args[2] if has_bias else None, *args[3:])
+    given = side_by_side_layer(args, lies)
+    x = given[0]
+    kept = torch.as_strided(x, (520, x.stride(0)), x.stride(), 0).clone()
+    with in_one_product(take) as joined, poisoned_empty():
+        found = step_of(given, "triton")
+    ((seen, mixed, both),) = joined
+    assert seen.data_ptr() == x.data_ptr() and (both.data_ptr() == x.data_ptr()) == (lies == "in place")
+    assert (mixed.data_ptr() == x.data_ptr() + 72 * 2) == (lies == "in place")
+    usual = step_of(args, "reference")
+    wide = tuple(arg.double() if isinstance(arg, torch.Tensor) and arg.is_floating_point() else arg for arg in args)
+    for place, triple in enumerate(zip(found, usual, step_of(wide, "reference"), strict=True)):
+        off = excess(*triple)
+        assert off.passes, f"output {place}: {off}"
+    assert all(tensor.is_contiguous() for tensor in found)
+    after = torch.as_strided(x, kept.shape, kept.stride(), 0)
+    ours = slice(72, 86) if lies == "in place" else slice(0, 0)
+    kept[:, ours] = after[:, ours]
+    assert torch.equal(kept.view(torch.int16), after.view(torch.int16))
+
+
+@inside
+def test_layers_that_share_x_in_place():
+    """Both forwards, then both backwards: autograd sees no change of x, gradients are those of layers apart."""
+    first = side_by_side_layer(layer_args(520, 72, 40, [5, 0, 9], SOFT, torch.float16), "in place")
+    apart = layer_args(520, 72, 24, [3, 4, 0], SOFT, torch.float16)
+    second = (first[0], *side_by_side_layer(apart, "copied")[1:])
+    x = first[0].requires_grad_()
+    with in_one_product() as joined:
+        outputs = [REGISTRY["lora_mix"](x, *args[1:], backend="triton")[0] for args in (first, second)]
+        gradients = [torch.autograd.grad(y.float().sin().sum(), x)[0] for y in outputs]
+    assert [both.data_ptr() for *_, both in joined] == [x.data_ptr()] * 2
+    for y, gradient, args in zip(outputs, gradients, (first, second), strict=True):
+        args = (x.detach().clone(), *args[1:])
+        usual, truth = step_of(args, "reference")[:2], step_of(to_double(args), "reference")[:2]
+        for triple in zip((y, gradient), usual, truth, strict=True):
+            assert excess(*triple).passes
+
+
+@inside
+@pytest.mark.parametrize("path", ["one pass", "groups"])
+def test_one_product_with_a_router_in_place(path: str):
+    """The merged kernel and the grouped ones write s * G behind the rows of x as well."""
+    layer = layer_args(520, 72, 40, [5, 3, 9], None, torch.float16)
+    router = (0.2 * torch.randn(3, 72, generator=torch.Generator().manual_seed(8))).half()
+    given = side_by_side_layer(layer, "in place")
+    rest = (router, None, None, None, None, 2, "softmax", 1.0, True, False, *layer[7:])
+    with contextlib.ExitStack() as stack:
+        if path == "groups":
+            stack.enter_context(grouped(0))
+        joined = stack.enter_context(in_one_product(0 if path == "one pass" else -1))
+        y, *_ = REGISTRY["lora_mix_routed"](*given[:5], *rest, backend="triton")
+    ((_, mixed, both),) = joined
+    assert both.data_ptr() == given[0].data_ptr() and mixed.data_ptr() == given[0].data_ptr() + 72 * 2
+    plain, *_ = REGISTRY["lora_mix_routed"](*layer[:5], *rest, backend="reference")
+    truth, *_ = REGISTRY["lora_mix_routed"](*to_double(layer[:5]), router.double(), *rest[1:], backend="reference")
+    assert excess(y, plain, truth).passes
+
+
+@inside
+def test_other_ways_take_what_lies_side_by_side():
+    """With s * G behind the rows of x, which two products, slabs and both kernels read there."""
+    from mllmcl_kernels import triton_expand
+
+    x, weight, bias, _, b, *_ = side_by_side_layer(layer_args(520, 64, 48, [16, 16], None, torch.float16), "in place")
+    mixed = triton_expand.mixed_rows(x, weight, b).copy_(torch.randn(520, 32))
+    assert mixed.data_ptr() == x.data_ptr() + 64 * 2
+    truth = torch.nn.functional.linear(x.double(), weight.double(), bias.double()) + mixed.double() @ b.double().t()
+    plain = torch.nn.functional.linear(x, weight, bias) + mixed @ b.t()
+    found = triton_expand.ways(x, weight, bias, mixed, b)
+    assert list(found) == ["two products", "dual source", "dual source by tensor maps", "one product"]
+    slabs = triton_expand.Way(triton_expand.SLABS, 100)
+    found["slabs"] = lambda: triton_expand._run(slabs, x, weight, bias, mixed, b)
+    for name, run in found.items():
+        assert excess(run(), plain, truth).passes, name
+
+
+@inside
+def test_a_compiled_layer_finds_x_in_place():
+    args = side_by_side_layer(layer_args(520, 72, 40, [5, 0, 9], SOFT, torch.float16), "in place")
+
+    def run(*tensors):
+        from mllmcl_kernels import lora_mix
+
+        return lora_mix(*tensors, SOFT.view(4, 130, 3), ranks=(5, 0, 9), scaling=(1.0, 1.5, 2.0), backend="triton")
+
+    torch.compiler.reset()
+    # as a batch of samples
+    tensors = (args[0].view(4, 130, 72), *args[1:5])
+    with in_one_product() as joined:
+        y = torch.compile(run, backend="aot_eager", fullgraph=True)(*tensors)
+        assert torch.equal(y, run(*tensors))
+    assert [both.data_ptr() for *_, both in joined] == [args[0].data_ptr()] * 2
+    torch.compiler.reset()
 
 
 @inside

@@ -127,6 +127,29 @@ def test_the_folder_is_the_users_cache_unless_it_is_named(monkeypatch, tmp_path)
     assert tuning.table_path(CPU) is None and pick() == TILES[0]
 
 
+def test_winners_of_tensors_side_by_side_are_theirs_alone(monkeypatch):
+    """W and B apart, side by side with x copied, and with x in place: three keys, and each keeps its own way."""
+    triton_expand = pytest.importorskip("mllmcl_kernels.triton_expand")
+    from mllmcl_kernels import rows_with_room, side_by_side
+
+    x, weight, mixed, lora_b = (torch.randn(size).half() for size in ((512, 24), (20, 24), (512, 5), (20, 5)))
+    placed, beside = rows_with_room((512, 24), 5, dtype=torch.float16).copy_(x), side_by_side(weight, lora_b)
+    # a clock by which the last candidate is the quickest
+    ticks, used, run = iter(range(1000, 0, -1)), [], triton_expand._run
+    monkeypatch.setattr(triton_expand, "_run", lambda way, *rest: (used.append(str(way)), run(way, *rest))[1])
+
+    def last_used(rows, weight, lora_b):
+        result = triton_expand.add_product(rows, weight, None, mixed, lora_b)
+        torch.testing.assert_close(result, x @ weight.t() + mixed @ lora_b.t(), rtol=1e-2, atol=1e-2)
+        return used[-1]
+
+    for rows in (x, placed):
+        assert last_used(rows, *beside) == "two products"
+        tune(lambda rows=rows: last_used(rows, *beside), timer=lambda call: (call(), next(ticks))[1])
+        assert last_used(rows, *beside) == "one product"
+        assert last_used(rows, weight, lora_b) == "two products"
+
+
 def test_while_a_graph_is_captured_no_file_is_read_and_nothing_is_timed(folder, monkeypatch):
     """What is known already is used, and what is not is looked up after the capture."""
     other = ("other", *KEY[1:])

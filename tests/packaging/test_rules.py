@@ -139,8 +139,8 @@ def test_the_api_is_the_documented_one():
     assert set(mllmcl_kernels.__all__) == {
         "Mask", "MaskedAdamW", "Routing", "SampledEntries", "anchor_grad_", "backends", "ema_update_",
         "importance_update_", "lora_mix", "lora_mix_routed", "lora_mix_routed_shared", "lora_mix_shared", "mask_grads_",
-        "masked_adamw_", "orthogonality_loss",
-        "project_grads_", "route", "sampled_product_l1", "soft_target_cross_entropy",
+        "masked_adamw_", "orthogonality_loss", "project_grads_", "route", "rows_with_room", "sampled_product_l1",
+        "side_by_side", "soft_target_cross_entropy",
         "distillation_loss", "teacher_top_k", "tune",
     }  # fmt: skip
     for name in mllmcl.__all__:

@@ -350,7 +350,8 @@ def lora_mix(
         x: `[..., d_in]`, float32, bfloat16, float16 or float64.
         weight, bias: the base layer, `[d_out, d_in]` and `[d_out]` or None.
         lora_a, lora_b: the experts stacked along the rank, `[R, d_in]` and `[d_out, R]`; cast to x's dtype. The
-            gradient of lora_b lies in memory as lora_b does, by rows or by columns.
+            gradient of lora_b lies in memory as lora_b does, by rows or by columns, without gaps. weight and lora_b may
+            lie `side_by_side` and x in `rows_with_room`, where the Triton provider can take one product for both.
         gates: None, every expert weighs 1; floating, broadcastable to `[..., E]`; integer, broadcastable to `[...]`,
             the expert of each token or sample, -1 for the base layer alone.
         ranks: E integers that sum to R; None means R / E each, with E the gates' last dimension (1 without gates).

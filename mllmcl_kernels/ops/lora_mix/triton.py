@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...dropout import threshold
 from ...layouts import by_columns
-from ...triton_expand import add_product
+from ...triton_expand import add_product, mixed_rows
 from ...triton_few import Launches, few_tokens_product, launch_counts
 from ...triton_grouped import (
     Choice,
@@ -429,7 +429,7 @@ def mix(
         return few_tokens_product(x, weight, bias, planes, lora_b, by)
 
     def run(grouping: Grouping) -> tuple[Tensor, Tensor]:
-        pairs, mixed = pairs_by_expert(choice, x.shape[0], by, grouping), x.new_empty(x.shape[0], lora_a.shape[0])
+        pairs, mixed = pairs_by_expert(choice, x.shape[0], by, grouping), mixed_rows(x, weight, lora_b)
         if pairs is None:
             s = shrink(x, lora_a, seed, dropout, by, mixed)
         else:

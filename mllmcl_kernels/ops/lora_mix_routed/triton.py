@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...triton_expand import add_product
+from ...triton_expand import add_product, mixed_rows
 from ...triton_grouped import Choice, Grouping, pairs_by_expert
 from ...triton_tools import (
     Gating,
@@ -177,7 +177,7 @@ def _in_one_pass(
     """y, s and the routing by the merged kernel."""
     (tokens, width), rank, experts = x.shape, lora_a.shape[0], router_weight.shape[0]
     routing = fake_routing(x, experts, top_k)
-    s, mixed = x.new_empty(tokens, rank), x.new_empty(tokens, rank)
+    s, mixed = x.new_empty(tokens, rank), mixed_rows(x, weight, lora_b)
     owner, scale, _ = rank_tables(tuple(ranks), tuple(scaling), x.device)
     allowed, stride_allowed = mask_rows(expert_mask, tokens, s)
     a_rows, router_rows = lora_a.contiguous(), router_weight.contiguous()
