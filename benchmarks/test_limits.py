@@ -5,6 +5,7 @@ products."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mllmcl_kernels import rows_with_room, side_by_side
 from mllmcl_kernels.op import REGISTRY
 
 from .cases import MixCase, ShrinkCase
@@ -75,7 +77,7 @@ def test_triton_beside_torch(benchmark, sizes, device, dtype, rounds):
     if device.type == "cuda" and not isinstance(REGISTRY["lora_mix"].find("triton"), str):
         from mllmcl_kernels.triton_expand import ways
 
-        for name, run in ways(x, weight, None, mixed, b).items():
+        for name, run in (ways(x, weight, None, mixed, b) | in_one_product(x, weight, mixed, b)).items():
             tuned(record, run, device, name)
             usual, truth = field["two products"](), x.double() @ weight.double().t() + mixed.double() @ b.double().t()
             reason = misses([run()], [usual], [truth], ["y"])
@@ -89,6 +91,18 @@ def test_triton_beside_torch(benchmark, sizes, device, dtype, rounds):
         record.notes[f"{name}, share of the base product's throughput"] = base / median
     benchmark.pedantic(field["two products"], rounds=1)
     assert not record.refused, record.refused
+
+
+def in_one_product(x: Tensor, weight: Tensor, mixed: Tensor, b: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """[x | s * G] [W | B]^T with x copied beside s * G, and with x in rows that have s * G behind them already."""
+    from mllmcl_kernels.triton_expand import mixed_rows, ways
+
+    placed = rows_with_room(x.shape, b.shape[1], dtype=x.dtype, device=x.device).copy_(x)
+    weight, b = side_by_side(weight, b)
+    behind = mixed_rows(placed, weight, b).copy_(mixed)
+    lies = {"copied": (x, mixed), "in place": (placed, behind)}
+    found = {name: ways(rows, weight, None, factor, b).get("one product") for name, (rows, factor) in lies.items()}
+    return {f"one product, x {name}": run for name, run in found.items() if run is not None}
 
 
 def stacked(x, weight, bias, a, b, factors) -> Tensor:
