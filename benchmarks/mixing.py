@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from mllmcl_kernels import rows_with_room, side_by_side
+
 from .cases import MixCase
 
 __all__ = ["SCALING", "captured", "layer", "step", "useful_flops", "values_and_gradients"]
@@ -17,7 +19,8 @@ SCALING = 2.0
 def layer(case: MixCase, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor | None]:
     """A frozen layer, adapters that train, and the gates or ids of the case, with a direction for the backward.
 
-    `b_columns` is `b` once more, by columns in memory.
+    `b_columns` is `b` once more, by columns in memory. Where ours can take one product, `weight_beside` and `b_beside`
+    are `weight` and `b` side by side, and `x_in_place` is `x` in rows with room.
     """
     generator = torch.Generator(device).manual_seed(0)
 
@@ -37,6 +40,11 @@ def layer(case: MixCase, device: torch.device, dtype: torch.dtype) -> dict[str, 
         "router": normal(case.experts, case.width, scale=case.width**-0.5).requires_grad_(),
     }
     found["b_columns"] = found["b"].detach().t().contiguous().t().requires_grad_()
+    if device.type == "cuda" and dtype != torch.float32 and case.tokens >= 512:
+        found["weight_beside"], beside = side_by_side(found["weight"], found["b"])
+        found["b_beside"] = beside.requires_grad_()
+        placed = rows_with_room((case.tokens, case.width), total, dtype=dtype, device=device)
+        found["x_in_place"] = placed.copy_(found["x"].detach()).requires_grad_()
     if case.gates == "token":
         found["gates"] = torch.softmax(normal(case.tokens, case.experts).float(), -1).to(dtype).requires_grad_()
     elif case.gates == "sample":

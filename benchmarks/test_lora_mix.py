@@ -15,7 +15,13 @@ from .measuring import RESULTS, Case, misses, other_backends, providers_used, ra
 from .mixing import SCALING, captured, layer, step, useful_flops, values_and_gradients
 
 NAMES = ("y", "dx", "da", "db", "dgates")
-BY_COLUMNS = "ours, B by columns"
+_BESIDE = {"weight": "weight_beside", "b": "b_beside"}
+#: ours on tensors that lie otherwise: what takes the place of which
+LAYOUTS = {
+    "ours, B by columns": {"b": "b_columns"},
+    "ours, W beside B": _BESIDE,
+    "ours, W beside B, x in place": _BESIDE | {"x": "x_in_place"},
+}
 
 
 def ours(x, weight, bias, a, b, gates, *, case: MixCase, backend: str | None = None, dropout: float = 0.0):
@@ -77,10 +83,11 @@ def contestants(case: MixCase, tensors: dict, record: Case) -> dict:
     dropping = options | {"dropout": case.dropout}
     call = {"case": case, "dropout": case.dropout}
     b_columns = tensors["b_columns"]
-    field = {
-        "ours": lambda: ours(x, weight, bias, a, b, gates, **call),
-        BY_COLUMNS: lambda: ours(x, weight, bias, a, b_columns, gates, **call),
-    }
+    field = {"ours": lambda: ours(x, weight, bias, a, b, gates, **call)}
+    for name, places in LAYOUTS.items():
+        if tensors.keys() >= set(places.values()):
+            layer = [tensors[places.get(key, key)] for key in ("x", "weight", "bias", "a", "b")]
+            field[name] = lambda layer=layer: ours(*layer, gates, **call)
     for backend in other_backends(REGISTRY["lora_mix"], record.providers["lora_mix"]):
         field[f"ours ({backend})"] = lambda backend=backend: ours(x, weight, bias, a, b, gates, backend=backend, **call)
     field["loop over experts"] = lambda: peers.loop_over_experts(x, weight, bias, a, b, dense, **dropping)
@@ -110,7 +117,7 @@ def contestants(case: MixCase, tensors: dict, record: Case) -> dict:
     return field
 
 
-def refused(case: MixCase, tensors: dict, backend: str | None, b: str = "b") -> str | None:
+def refused(case: MixCase, tensors: dict, backend: str | None, name: str = "ours") -> str | None:
     """Why value or gradients of this backend are not what the formula says on this very case, without dropout."""
     given = {key: tensors[key] for key in ("x", "weight", "bias", "a", "b")}
     given["gates"] = tensors["ids"] if case.gates == "sample" else tensors["gates"]
@@ -123,7 +130,8 @@ def refused(case: MixCase, tensors: dict, backend: str | None, b: str = "b") -> 
         return ours(x, weight, bias, a, b, gates, case=case, backend=backend)
 
     dy = tensors["dy"]
-    found = values_and_gradients(mine, given | {"b": tensors[b]}, dy, wide=False)
+    laid = given | {key: tensors[place] for key, place in LAYOUTS.get(name, {}).items()}
+    found = values_and_gradients(mine, laid, dy, wide=False)
     usual, truth = (values_and_gradients(plain, given, dy, wide=wide) for wide in (False, True))
     return misses(found, usual, truth, NAMES[: len(found)])
 
@@ -137,20 +145,22 @@ def test_lora_mix(benchmark, mix_case: MixCase, device, dtype, rounds):
         reason = refused(case, tensors, None)
     field = contestants(case, tensors, record)
     for name in [name for name in field if name.startswith("ours")]:
-        if name == BY_COLUMNS:
-            why = refused(case, tensors, None, "b_columns")
+        if name in LAYOUTS:
+            why = refused(case, tensors, None, name)
         else:
             backend = name.removeprefix("ours").strip(" ()") or None
             why = reason if backend is None else refused(case, tensors, backend)
         if why:
             record.refused[name] = why
             del field[name]
-    leaves = [tensors[key] for key in ("x", "a", "b", "b_columns", "gates") if tensors[key] is not None]
+    names = ("x", "a", "b", "gates", "b_columns", "b_beside", "x_in_place")
+    leaves = [tensors[key] for key in names if tensors.get(key) is not None]
     leaves += [leaf for name in ("grouped", "PEFT", "PEFT, adapters not cast") for leaf in tensors.get(name, [])]
     dy = tensors["dy"] if case.backward else None
     steps = {name: step(run, leaves, dy) for name, run in field.items()}
-    if "ours" in steps:
-        tuned(record, steps["ours"], device)
+    # only these meet ways of their own
+    for name in (name for name in steps if name == "ours" or "W beside B" in name):
+        tuned(record, steps[name], device, name)
     if case.graph:
         for name in list(steps):
             try:
