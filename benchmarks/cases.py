@@ -15,6 +15,7 @@ __all__ = [
     "MixCase",
     "ModelCase",
     "RouteCase",
+    "SharedCase",
     "ShrinkCase",
     "adamw_cases",
     "anchor_cases",
@@ -29,6 +30,7 @@ __all__ = [
     "route_cases",
     "routed_cases",
     "sampled_cases",
+    "shared_cases",
     "shrink_cases",
 ]
 
@@ -74,6 +76,23 @@ class MixCase:
         if self.compiled == AUTOTUNED:
             words.append("torch.compile autotuned")
         return ", ".join(words)
+
+
+@dataclass(frozen=True)
+class SharedCase:
+    """One call of `lora_mix_shared`, or with `routed` of `lora_mix_routed_shared`, forward and backward."""
+
+    tokens: int
+    width: int
+    outs: tuple[int, ...]
+    experts: int
+    rank: int
+    routed: bool
+
+    def __str__(self) -> str:
+        outs = "+".join(map(str, self.outs))
+        gates = "a router each" if self.routed else "gates given"
+        return f"T={self.tokens} {self.width}->{outs} E={self.experts} r={self.rank}, {gates}, forward+backward"
 
 
 @dataclass(frozen=True)
@@ -227,6 +246,20 @@ ROUTED = {
         MixCase(4096, 4096, 4096, 8, 16),
     ),
 }
+# q, k, v; gate, up
+SHARED = {
+    "cpu": (
+        SharedCase(512, 2048, (2048,) * 3, 8, 16, False),
+        SharedCase(512, 2048, (2048,) * 3, 8, 16, True),
+        SharedCase(512, 576, (576, 192, 192), 8, 16, True),
+        SharedCase(512, 576, (1536,) * 2, 8, 16, True),
+    ),
+    "cuda": (
+        SharedCase(4096, 4096, (4096,) * 3, 8, 16, True),
+        SharedCase(4096, 4096, (11008,) * 2, 8, 16, True),
+        SharedCase(4096, 4096, (4096,) * 3, 8, 16, False),
+    ),
+}
 ROUTE = {
     "cpu": (RouteCase(4096, 512, 8, 2), RouteCase(4096, 512, 64, 8)),
     "cuda": tuple(
@@ -250,6 +283,10 @@ def mix_cases(device: str) -> tuple[MixCase, ...]:
 
 def routed_cases(device: str) -> tuple[MixCase, ...]:
     return ROUTED[device]
+
+
+def shared_cases(device: str) -> tuple[SharedCase, ...]:
+    return SHARED[device]
 
 
 def loss_cases(device: str) -> tuple[LossCase, ...]:
@@ -353,6 +390,8 @@ def shrink(case):
         tokens, out = min(case.tokens, 32), 64 if case.width == case.out else 96
         small = replace(case, tokens=tokens, width=64, out=out, rank=4, samples=min(case.samples, 4))
         return replace(small, compiled=None, graph=case.graph and torch.cuda.is_available())
+    if isinstance(case, SharedCase):
+        return replace(case, tokens=32, width=64, outs=(64, 32, 32)[: len(case.outs)], rank=4)
     if isinstance(case, LossCase):
         return replace(case, tokens=16, width=32, vocabulary=300)
     if isinstance(case, RouteCase):

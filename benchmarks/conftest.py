@@ -23,6 +23,7 @@ TABLES = {
     "mix_case": cases.mix_cases,
     "routed_case": cases.routed_cases,
     "route_case": cases.route_cases,
+    "shared_case": cases.shared_cases,
     "block_case": cases.block_cases,
     "llava_case": cases.llava_cases,
     "shrink_case": cases.shrink_cases,
@@ -38,7 +39,7 @@ TABLES = {
 PACKAGES = ("torch", "triton", "peft", "transformers", "numpy", "moe-ops", "polylora", "liger-kernel", "torch-optimi")
 #: files in the order in which they tell most, for when time runs out; the first cases of `test_lora_mix.py` lead
 FIRST = ("test_model_steps.py", "test_lora_mix_routed.py", "test_limits.py", "test_lora_mix.py", "test_route.py",
-         "test_masked_adamw.py", "test_linear_losses.py")  # fmt: skip
+         "test_masked_adamw.py", "test_shared_input.py", "test_linear_losses.py")  # fmt: skip
 LEADERS = 4
 BEGAN = time.monotonic()
 ROOFLINE = pytest.StashKey[dict]()

@@ -157,7 +157,7 @@ def test_shrink(benchmark, shrink_case: ShrinkCase, device, dtype, rounds):
         from mllmcl_kernels.triton_tools import Gating
 
         by = Gating.of(gates, (case.rank // experts,) * experts, (1.0,) * experts, x)
-        field = {"ours": lambda: shrink(x, a, None, 0.0, by), **field}
+        field = {"ours": lambda: shrink(x, a, None, 0.0, by, x.new_empty(case.tokens, case.rank)), **field}
         tuned(record, field["ours"], device)
     race(record, field, device, few(rounds))
     benchmark.pedantic(field["product"], rounds=1)

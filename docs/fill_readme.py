@@ -20,7 +20,7 @@ from pathlib import Path
 README = Path(__file__).parents[1] / "README.md"
 BENCHMARKS = README.parent / "benchmarks" / "README.md"
 #: contestants that do less, or that are ours
-NO_PEERS = ("base linear", "base model", "base product", "route, then lora_mix")
+NO_PEERS = ("base linear", "base linears", "base model", "base product", "route, then lora_mix")
 PROVIDERS = {"C++": "cpp", "Triton": "triton", "CUDA C++": "cuda"}
 
 

@@ -40,7 +40,8 @@ def _supports(x, weight, bias, lora_a, lora_b, gates, *_rest) -> str | None:
 def lora_mix_shared_triton(x, weight, bias, lora_a, lora_b, gates, seed, ranks, scaling, trainable, dropout):
     count = len(weight)
     by = Gating.of(_wide(gates), ranks * count, scaling * count, x)
-    s, mixed = shrink(x, torch.cat(lora_a), seed, dropout, by)
+    mixed = x.new_empty(x.shape[0], count * lora_a[0].shape[0])
+    s = shrink(x, torch.cat(lora_a), seed, dropout, by, mixed)
     return [s, *add_mixed(x, weight, bias, mixed, lora_b)]
 
 
