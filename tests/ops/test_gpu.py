@@ -19,6 +19,8 @@ from mllmcl_kernels import (
     faults,
     lora_mix,
     lora_mix_routed,
+    lora_mix_routed_shared,
+    lora_mix_shared,
     masked_adamw_,
     route,
     rows_with_room,
@@ -162,6 +164,44 @@ def test_a_graph_of_a_router_replays_with_other_tokens(top_k: int | None):
         assert same(ours, eager), place
 
 
+def shared_outcome(given: list[dict], routed: bool, backend=None) -> list[torch.Tensor]:
+    """Of three linears over the first one's x: every y, then the gradients of x, A, B and, routed, the routers."""
+    x, kinds = given[0]["x"], ("weight", "bias", "lora_a", "lora_b")
+    stacks = [[one[kind] for one in given] for kind in kinds]
+    routers = [one["router"] for one in given]
+    if routed:
+        found, _ = lora_mix_routed_shared(x, *stacks, routers, backend=backend)
+    else:
+        gates = torch.softmax(x.detach()[:, :E].float(), -1)
+        found = lora_mix_shared(x, *stacks, gates, ranks=RANKS, backend=backend)
+    leaves = [x, *stacks[2], *stacks[3], *(routers if routed else ())]
+    return [*(y.detach() for y in found), *torch.autograd.grad(found, leaves, [one["dy"] for one in given])]
+
+
+def follow_the_rule_shared(found, given: list[dict], routed: bool) -> None:
+    def wide(one):
+        return {key: value.detach().double().requires_grad_(value.requires_grad) for key, value in one.items()}
+
+    plain = shared_outcome(given, routed, "reference")
+    truth = shared_outcome([wide(one) for one in given], routed, "reference")
+    for place, triple in enumerate(zip(found, plain, truth, strict=True)):
+        off = excess(*triple)
+        assert off.passes, f"output {place}: {off}"
+
+
+@pytest.mark.parametrize("routed", [False, True])
+@pytest.mark.parametrize("tokens", [1, 64, 600])
+def test_a_graph_of_linears_that_share_x(tokens: int, routed: bool):
+    given = [layer(tokens, 256, out, seed=out) for out in (384, 128, 128)]
+    graph, found = captured(lambda: shared_outcome(given, routed))
+    follow_the_rule_shared(found, given, routed)
+    given[0]["x"].data.copy_(layer(tokens, 256, 384, seed=9)["x"].data)
+    graph.replay()
+    torch.cuda.synchronize()
+    for place, (ours, eager) in enumerate(zip(found, shared_outcome(given, routed), strict=True)):
+        assert same(ours, eager), place
+
+
 def test_a_graph_of_an_optimizer_step():
     """The step is counted on the device; three replays are three steps."""
     torch.manual_seed(0)
@@ -288,6 +328,16 @@ def test_whatever_tuning_chooses_is_right_with_a_router(tokens: int, place: int)
     gates = routing.gates.detach()
     off = excess(y, mixed(given, gates, "reference"), mixed(wide, gates, "reference"))
     assert off.passes, off
+
+
+@needs_triton
+@pytest.mark.parametrize("place", range(4))
+@pytest.mark.parametrize("tokens", [33, 700, 4096])
+@pytest.mark.parametrize("routed", [False, True])
+def test_whatever_tuning_chooses_is_right_for_linears_that_share_x(tokens: int, place: int, routed: bool):
+    given = [layer(tokens, 1024, out, seed=out) for out in (768, 256)]
+    with picking(place):
+        follow_the_rule_shared(shared_outcome(given, routed, "triton"), given, routed)
 
 
 @needs_triton
