@@ -159,13 +159,18 @@ void rank_gate(Tensor s, std::optional<Tensor> gates, Tensor starts, Tensor scal
   });
 }
 
-// ds = u * factor, mixed = s * factor, and dgates[g, e] = scaling_e * sum over tokens of g and ranks of e of u * s
+// ds = u * factor, mixed = s * factor, and dgates[g, e] = scaling_e * sum over tokens of g and ranks of e of u * s; rows
+// of ds may lie apart
 void rank_gate_backward(Tensor u, Tensor s, std::optional<Tensor> gates, Tensor starts, Tensor scaling, Tensor ds,
                         Tensor mixed, Tensor dgates) {
   need(u.dim() == 2 && is_row_dtype(u.scalar_type()), "u must be [T, R] in float32, bfloat16 or float16");
   const int64_t tokens = u.size(0), ranks = u.size(1);
   const Dtype dtype = u.scalar_type();
-  for (const Tensor* t : {&u, &s, &ds, &mixed}) check_rows(*t, tokens, ranks, dtype, "u, s, ds, mixed must be alike");
+  for (const Tensor* t : {&u, &s, &mixed}) check_rows(*t, tokens, ranks, dtype, "u, s, ds, mixed must be alike");
+  need(ds.dim() == 2 && ds.size(0) == tokens && ds.size(1) == ranks && ds.scalar_type() == dtype &&
+           (ds.stride(1) == 1 || ranks <= 1) && (ds.stride(0) >= ranks || tokens <= 1),
+       "ds must be like u, rows any distance apart");
+  const int64_t step = tokens > 1 ? ds.stride(0) : ranks;
   const Gates rule = read_gates(gates, starts, scaling, tokens, ranks);
   const bool wants = dgates.numel() > 0;
   const int64_t experts = rule.experts, span = rule.rows_per_gate, rows = tokens / span;
@@ -196,9 +201,9 @@ void rank_gate_backward(Tensor u, Tensor s, std::optional<Tensor> gates, Tensor 
           const int64_t a = rule.starts[e];
           sum[e] += rule.scaling[e] * dot(row_u + a, row_s + a, rule.starts[e + 1] - a);
         }
-        multiply_two(row_u, row_s, factor, open_row(to_ds, dtype, t * ranks, out_a),
+        multiply_two(row_u, row_s, factor, open_row(to_ds, dtype, t * step, out_a),
                      open_row(to_mixed, dtype, t * ranks, out_b), ranks);
-        store_row(to_ds, dtype, t * ranks, ranks, out_a);
+        store_row(to_ds, dtype, t * step, ranks, out_a);
         store_row(to_mixed, dtype, t * ranks, ranks, out_b);
       }
     }

@@ -8,6 +8,7 @@ from torch import Tensor
 from ...products import product_nt
 from ..lora_mix.cpp import OPS as RANK_OPS
 from ..lora_mix.cpp import (
+    by_rank,
     float_path,
     lora_gradients,
     lora_mix_backward_cpp,
@@ -18,7 +19,7 @@ from ..lora_mix.cpp import (
 from ..route.cpp import gates_from_logits, logits_gradient, route_backward_cpp, route_cpp
 from . import lora_mix_routed_backward_op, lora_mix_routed_op
 
-__all__ = ["one_product"]
+__all__ = ["joined_gradients", "one_product"]
 
 
 def one_product(x: Tensor, score: str, dropout: float) -> bool:
@@ -76,18 +77,34 @@ def lora_mix_routed_backward_cpp(
         return dx.add_(dx_router) if needs[0] else dx, dweight, dbias, da, db, drouter, drouter_bias
     dy, x = dy.contiguous(), x.contiguous()
     empty = x.new_empty(0)
-    u = torch.mm(dy, lora_b)
-    ds, mixed, through = torch.empty_like(u), torch.empty_like(u), torch.empty_like(gates)
-    RANK_OPS.rank_gate_backward(u, s.contiguous(), gates.contiguous(), *rank_tables(ranks, scaling), ds, mixed, through)
+    u, rank, experts = torch.mm(dy, lora_b), lora_a.shape[0], router_weight.shape[0]
+    # [ds | dl] is one tensor, so that dx takes one product, and dA and dW_r another
+    extended = u.new_empty(u.shape[0], rank + experts)
+    mixed, through = torch.empty_like(u), torch.empty_like(gates)
+    tables = rank_tables(ranks, scaling)
+    RANK_OPS.rank_gate_backward(u, s.contiguous(), gates.contiguous(), *tables, extended[:, :rank], mixed, through)
     dl = logits_gradient(d_gates + through, d_values, d_logits, d_probs, gates, indices, probs, *options)
+    extended[:, rank:] = dl
     dx = dweight = dbias = empty
     if needs[0]:
         dx = product_nt(dy, weight.t())
-        dx.addmm_(torch.cat([ds, dl], 1), torch.cat([lora_a, router_weight]))
+        dx.addmm_(extended, torch.cat([lora_a, router_weight]))
     if needs[1]:
         dweight = product_nt(dy.t(), x.t())
     if needs[2]:
         dbias = dy.sum(0)
-    da, db = lora_gradients(dy, x, ds, mixed, lora_b, ranks, trainable, needs[3], needs[4])
-    drouter = product_nt(dl.t(), x.t()) if needs[5] else empty
+    da, drouter = joined_gradients(extended, x, ranks, trainable, needs[3], needs[5])
+    _, db = lora_gradients(dy, x, mixed, mixed, lora_b, ranks, trainable, False, needs[4])
     return dx, dweight, dbias, da, db, drouter, dl.sum(0) if needs[6] else empty
+
+
+def joined_gradients(
+    extended: Tensor, x: Tensor, ranks, trainable, needs_a: bool, needs_router: bool
+) -> tuple[Tensor, Tensor]:
+    """dA and dW_r from [ds | dl]^T x; zero in dA where an expert does not train."""
+    rank = sum(ranks)
+    if needs_a and needs_router:
+        both = by_rank(extended, x, [*ranks, extended.shape[1] - rank], [*trainable, True])
+        return both[:rank], both[rank:].clone()
+    da = by_rank(extended[:, :rank], x, ranks, trainable) if needs_a else x.new_empty(0)
+    return da, product_nt(extended[:, rank:].t(), x.t()) if needs_router else x.new_empty(0)

@@ -7,13 +7,14 @@ from torch import Tensor
 
 from ...products import product_nt
 from ..lora_mix.cpp import float_path, mixed_ranks
-from ..lora_mix_routed.cpp import one_product
+from ..lora_mix_routed.cpp import joined_gradients, one_product
 from ..lora_mix_shared.cpp import (
     add_mixed,
     input_gradient,
     layer_gradients,
     lora_mix_shared_cpp,
     rank_gradients,
+    stacked_gradient,
 )
 from ..lora_mix_shared.reference import cut
 from ..route.cpp import gates_from_logits, logits_gradient, product_gradient, route_cpp
@@ -71,27 +72,30 @@ def lora_mix_routed_shared_backward_cpp(
     dy, d_gates, d_values, d_logits, d_probs, x, weight, lora_a, lora_b, router_weight, seed, s, gates, indices, probs,
     score, temperature, renormalize, straight_through, ranks, scaling, trainable, dropout, needs,
 ):  # fmt: skip
-    needs_x, needs_weight, needs_bias, needs_a, needs_b, needs_router, needs_router_bias = needs
-    count, in_one = len(weight), one_product(x, score, dropout)
+    needs_x, *needs_layers, needs_router, needs_router_bias = needs
+    count, total, needs_a = len(weight), s.shape[1], needs_layers[2]
     dy, x = [one.contiguous() for one in dy], x.contiguous()
-    ds, mixed, through = rank_gradients(dy, lora_b, s, gates, ranks, scaling, True)
+    # [ds | dl] is one tensor, so that dx takes one product, and all A and routers another
+    extended = s.new_empty(s.shape[0], total + gates.shape[1])
+    ds = extended[:, :total]
+    mixed, through = rank_gradients(dy, lora_b, s, gates, ranks, scaling, True, ds)
     tables = (d_gates + through, d_values, d_logits, d_probs, gates, indices, probs)
     dl = logits_gradient(
         *(_each(table, count) for table in tables), score, temperature, renormalize, straight_through
     ).view_as(gates)
-    dx, drouter = x.new_empty(0), x.new_empty(0)
-    if in_one:
-        stacked = torch.cat([*lora_a, *router_weight])
-        dx = input_gradient(dy, weight, torch.cat([ds, dl], 1), stacked, None, 0.0) if needs_x else dx
-        drouter = product_nt(dl.t(), x.t()) if needs_router else drouter
+    dx, da, drouter = (x.new_empty(0) for _ in range(3))
+    if one_product(x, score, dropout):
+        extended[:, total:] = dl
+        if needs_x:
+            dx = input_gradient(dy, weight, extended, torch.cat([*lora_a, *router_weight]), None, 0.0)
+        da, drouter = joined_gradients(extended, x, ranks * count, trainable * count, needs_a, needs_router)
     else:
-        dx = input_gradient(dy, weight, ds, torch.cat(lora_a), seed, dropout) if needs_x else dx
+        dx = input_gradient(dy, weight, ds.contiguous(), torch.cat(lora_a), seed, dropout) if needs_x else dx
+        da = stacked_gradient(ds, x, seed, ranks, trainable, dropout) if needs_a else da
         each = zip(cut(dl, count), router_weight, strict=True)
         pairs = [product_gradient(one, x, router, score, needs_x, needs_router) for one, router in each]
         for through_router, _ in pairs if needs_x else ():
             dx.add_(through_router)
         drouter = torch.cat([drouter for _, drouter in pairs]) if needs_router else drouter
-    layers = layer_gradients(
-        dy, x, ds, mixed, lora_b, seed, ranks, trainable, dropout, (needs_weight, needs_bias, needs_a, needs_b)
-    )
-    return [dx, drouter, dl.sum(0).to(x.dtype) if needs_router_bias else x.new_empty(0), *layers]
+    drouter_bias = dl.sum(0).to(x.dtype) if needs_router_bias else x.new_empty(0)
+    return [dx, drouter, drouter_bias, da, *layer_gradients(dy, x, mixed, lora_b, ranks, trainable, needs_layers)]

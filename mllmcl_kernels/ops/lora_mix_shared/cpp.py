@@ -13,7 +13,14 @@ from ..lora_mix.cpp import OPS, by_rank, dropped, float_path, lora_gradients, lo
 from . import lora_mix_shared_backward_op, lora_mix_shared_op
 from .reference import cut
 
-__all__ = ["add_mixed", "input_gradient", "layer_gradients", "lora_mix_shared_cpp", "rank_gradients"]
+__all__ = [
+    "add_mixed",
+    "input_gradient",
+    "layer_gradients",
+    "lora_mix_shared_cpp",
+    "rank_gradients",
+    "stacked_gradient",
+]
 
 
 def _supports(x, weight, bias, lora_a, lora_b, gates, *_rest) -> str | None:
@@ -55,24 +62,25 @@ def lora_mix_shared_backward_cpp(
     """One pass in rank space for all linears, one product each for the ranks' share of dx and for all A."""
     needs_x, *needs_layers, needs_gates = needs
     dy, x = [one.contiguous() for one in dy], x.contiguous()
-    ds, mixed, dgates = rank_gradients(dy, lora_b, s, gates, ranks, scaling, needs_gates)
+    ds = torch.empty_like(s, memory_format=torch.contiguous_format)
+    mixed, dgates = rank_gradients(dy, lora_b, s, gates, ranks, scaling, needs_gates, ds)
     dx = input_gradient(dy, weight, ds, torch.cat(lora_a), seed, dropout) if needs_x else x.new_empty(0)
-    layers = layer_gradients(dy, x, ds, mixed, lora_b, seed, ranks, trainable, dropout, needs_layers)
-    return [dx, dgates, *layers]
+    da = stacked_gradient(ds, x, seed, ranks, trainable, dropout) if needs_layers[2] else x.new_empty(0)
+    return [dx, dgates, da, *layer_gradients(dy, x, mixed, lora_b, ranks, trainable, needs_layers)]
 
 
 def rank_gradients(
-    dy: Sequence[Tensor], lora_b, s: Tensor, gates: Tensor | None, ranks, scaling, needs_gates: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """ds and s * G `[T, L * R]`, and the gradient of the gates `[G, L * E]`."""
+    dy: Sequence[Tensor], lora_b, s: Tensor, gates: Tensor | None, ranks, scaling, needs_gates: bool, ds: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Write ds `[T, L * R]`, whose rows may lie apart; give s * G and the gradient of the gates `[G, L * E]`."""
     count, u = len(dy), torch.empty_like(s, memory_format=torch.contiguous_format)
     for one, d, b in zip(cut(u, count), dy, lora_b, strict=True):
         torch.mm(d, b, out=one)
-    ds, mixed, gates = torch.empty_like(u), torch.empty_like(u), None if gates is None else gates.contiguous()
+    mixed, gates = torch.empty_like(u), None if gates is None else gates.contiguous()
     dgates = torch.empty_like(gates) if needs_gates else s.new_empty(0)
     tables = rank_tables(ranks * count, scaling * count)
     OPS.rank_gate_backward(u, s.contiguous(), gates, *tables, ds, mixed, dgates)
-    return ds, mixed, dgates
+    return mixed, dgates
 
 
 def input_gradient(
@@ -89,17 +97,19 @@ def input_gradient(
     return dx
 
 
+def stacked_gradient(ds: Tensor, x: Tensor, seed: Tensor | None, ranks, trainable, dropout: float) -> Tensor:
+    """ds^T drop(x) `[L * R, K]`: of all A, zero where an expert does not train."""
+    count = ds.shape[1] // sum(ranks)
+    return by_rank(ds, dropped(x, seed, dropout), ranks * count, trainable * count)
+
+
 def layer_gradients(
-    dy: Sequence[Tensor], x: Tensor, ds: Tensor, mixed: Tensor, lora_b, seed: Tensor | None, ranks, trainable,
-    dropout: float, needs: Sequence[bool],
-) -> list[Tensor]:  # fmt: skip
-    """Gradients of all A stacked, then of weight, bias and B of every linear; empty where not asked for."""
-    (needs_weight, needs_bias, needs_a, needs_b), count = needs, len(dy)
-    da = x.new_empty(0)
-    if needs_a:
-        da = by_rank(ds, dropped(x, seed, dropout), ranks * count, trainable * count)
-    found = [da, *(product_nt(d.t(), x.t()) if needs_weight else x.new_empty(0) for d in dy)]
+    dy: Sequence[Tensor], x: Tensor, mixed: Tensor, lora_b, ranks, trainable, needs: Sequence[bool]
+) -> list[Tensor]:
+    """Gradients of weight, bias and B of every linear; empty where not asked for."""
+    needs_weight, needs_bias, _, needs_b = needs
+    found = [product_nt(d.t(), x.t()) if needs_weight else x.new_empty(0) for d in dy]
     found += [d.sum(0) if needs_bias else x.new_empty(0) for d in dy]
-    for d, one, b in zip(dy, cut(mixed, count), lora_b, strict=True):
+    for d, one, b in zip(dy, cut(mixed, len(dy)), lora_b, strict=True):
         found.append(lora_gradients(d, x, one, one, b, ranks, trainable, False, needs_b)[1])
     return found
