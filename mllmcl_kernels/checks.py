@@ -24,6 +24,7 @@ __all__ = [
     "expect_flag",
     "expect_floating",
     "expect_lists",
+    "expect_mask",
     "expect_number",
     "expect_real",
     "expect_scalar",
@@ -69,6 +70,17 @@ def expect_device(op: str, argument: str, value: Tensor | None, device: torch.de
 def expect_shape(op: str, argument: str, value: Tensor, letters: str, shape: Sequence[int]) -> None:
     """`letters` spells the shape in the documentation's names, `shape` in numbers."""
     expect(tuple(value.shape) == tuple(shape), op, argument, f"{letters} = {list(shape)}", list(value.shape))
+
+
+def expect_mask(op: str, argument: str, mask: object, full: Sequence[int], device: torch.device) -> None:
+    """A bool tensor that broadcasts to the shape `full`."""
+    expect_tensor(op, argument, mask)
+    expect(mask.dtype == torch.bool, op, argument, "of dtype bool", mask.dtype, TypeError)
+    expect_device(op, argument, mask, device)
+    fits = mask.dim() <= len(full) and all(
+        have in (1, want) for have, want in zip(mask.shape[::-1], full[::-1], strict=False)
+    )
+    expect(fits, op, argument, f"broadcastable to {list(full)}", list(mask.shape))
 
 
 def _each(get: operator.attrgetter, tensors: Iterable[Tensor]) -> Iterable:

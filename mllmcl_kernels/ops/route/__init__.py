@@ -8,7 +8,16 @@ import numbers
 import torch
 from torch import Tensor
 
-from ...checks import expect, expect_device, expect_flag, expect_floating, expect_real, expect_shape, expect_tensor
+from ...checks import (
+    expect,
+    expect_device,
+    expect_flag,
+    expect_floating,
+    expect_mask,
+    expect_real,
+    expect_shape,
+    expect_tensor,
+)
 from ...op import Cost, Op
 from .reference import route_backward_reference, route_reference
 from .routing import Routing
@@ -108,16 +117,6 @@ def check_router(op: str, x, weight, bias, names: tuple[str, str] = ("weight", "
         expect_device(op, names[1], bias, x.device)
 
 
-def _check_mask(op: str, name: str, mask: Tensor, full: tuple[int, ...], device: torch.device) -> None:
-    expect_tensor(op, name, mask)
-    expect(mask.dtype == torch.bool, op, name, "of dtype bool", mask.dtype, TypeError)
-    expect_device(op, name, mask, device)
-    fits = mask.dim() <= len(full) and all(
-        have in (1, want) for have, want in zip(mask.shape[::-1], full[::-1], strict=False)
-    )
-    expect(fits, op, name, f"broadcastable to {list(full)}", list(mask.shape))
-
-
 def check_options(
     op: str, x, experts: int, top_k, score, temperature, noise, expert_mask, token_mask
 ) -> tuple[int, Tensor | None, Tensor | None]:
@@ -133,7 +132,7 @@ def check_options(
     lead = tuple(x.shape[:-1])
     flat_mask = None
     if expert_mask is not None:
-        _check_mask(op, "expert_mask", expert_mask, (*lead, experts), x.device)
+        expect_mask(op, "expert_mask", expert_mask, (*lead, experts), x.device)
         if expert_mask.dim() == 1:
             flat_mask = expert_mask[None]
             if chosen is not None and expert_mask.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -142,7 +141,7 @@ def check_options(
         else:
             flat_mask = expert_mask.expand(*lead, experts).reshape(-1, experts)
     if token_mask is not None:
-        _check_mask(op, "token_mask", token_mask, lead, x.device)
+        expect_mask(op, "token_mask", token_mask, lead, x.device)
     drawn = None
     if noise > 0:
         tokens = x.numel() // max(x.shape[-1], 1)
