@@ -5,7 +5,7 @@
 #include <limits>
 
 #include "../checks.h"
-#include "lanes.h"
+#include "rows.h"
 
 namespace mllmcl {
 namespace {
@@ -24,23 +24,6 @@ struct Row {
   bool renormalize, straight;
 };
 
-// e^x of numbers or -inf, to about 2 units in the last place (Cody and Waite's reduction, a polynomial of degree 7)
-inline float exponential(float x) {
-  const float in = std::min(std::max(x, -87.0f), 88.0f);
-  const float n = (in * 1.44269504f + 12582912.0f) - 12582912.0f;  // to the nearest integer
-  const float r = (in - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
-  float power;
-  std::memcpy(&power, &bits, 4);
-  return x < -87.0f ? 0.0f : (p * r * r + r + 1.0f) * power;
-}
-
 MLLMCL_CLONES void softmax_weights(const float* x, float top, float* out, int64_t count) {
   for (int64_t e = 0; e < count; ++e) out[e] = exponential(x[e] - top);
 }
@@ -49,34 +32,9 @@ MLLMCL_CLONES void sigmoids(const float* x, float* out, int64_t count) {
   for (int64_t e = 0; e < count; ++e) out[e] = 1.0f / (1.0f + exponential(-x[e]));
 }
 
-// The largest of the numbers; `trace` becomes 0 where all are finite, else NaN.
-MLLMCL_CLONES float largest(const float* x, int64_t count, float* trace) {
-  const float low = -std::numeric_limits<float>::infinity();
-  Lanes tops = low - Lanes{}, traces = {};
-  int64_t e = 0;
-  for (; e + kLanes <= count; e += kLanes) {
-    const Lanes from = lanes(x + e);
-    tops = from > tops ? from : tops;
-    traces += 0.0f * from;
-  }
-  float top = low;
-  *trace = total(traces);
-  for (int64_t lane = 0; lane < kLanes; ++lane) top = std::max(top, tops[lane]);
-  for (; e < count; ++e) {
-    top = x[e] > top ? x[e] : top;
-    *trace += 0.0f * x[e];
-  }
-  return top;
-}
+MLLMCL_CLONES float largest(const float* x, int64_t count, float* trace) { return largest_of(x, count, trace); }
 
-MLLMCL_CLONES float sum(const float* x, int64_t count) {
-  Lanes sums = {};
-  int64_t e = 0;
-  for (; e + kLanes <= count; e += kLanes) sums += lanes(x + e);
-  float all = total(sums);
-  for (; e < count; ++e) all += x[e];
-  return all;
-}
+MLLMCL_CLONES float sum(const float* x, int64_t count) { return sum_of(x, count); }
 
 MLLMCL_CLONES void scale_row(float* x, float factor, int64_t count) {
   for (int64_t e = 0; e < count; ++e) x[e] *= factor;
