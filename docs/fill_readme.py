@@ -32,7 +32,7 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def ops() -> str:
-    """Every op with a public function, what it does, and which provider files it has."""
+    """Every folder of ops, what it does, and which provider files it has."""
     from mllmcl_kernels.op import REGISTRY
 
     packages = dict.fromkeys(op.package for op in REGISTRY.values())

@@ -39,6 +39,7 @@ from mllmcl_kernels.ops.masked_adamw import triton as masked_adamw  # noqa: E402
 from mllmcl_kernels.ops.orthogonality_loss import triton as orthogonality_loss  # noqa: E402
 from mllmcl_kernels.ops.project_grads import triton as project_grads  # noqa: E402
 from mllmcl_kernels.ops.route import triton as route  # noqa: E402
+from mllmcl_kernels.ops.routing_statistics import triton as routing_statistics  # noqa: E402
 from mllmcl_kernels.ops.sampled_product_l1 import triton as sampled_product_l1  # noqa: E402
 from mllmcl_kernels.ops.soft_target_cross_entropy import triton as soft_target  # noqa: E402
 
@@ -196,6 +197,17 @@ def route_calls(dtype: torch.dtype, tokens: int, experts: int, top_k: int, score
     route.logits_gradient_triton(*saved, score, 1.0, True, False, low=x[:, :experts])
 
 
+def statistics_calls(tokens: int, experts: int, top_k: int) -> None:
+    """Statistics of a router, with a mask and without, and their gradients: of the usual two losses, and of all."""
+    tables, one = [empty(tokens, experts, dtype=torch.float32)] * 3, empty(dtype=torch.float32)
+    indices, load = empty(tokens, top_k, dtype=torch.int32), empty(experts, dtype=torch.float32)
+    for mask in (None, empty(tokens, dtype=torch.bool)):
+        routing_statistics.routing_statistics_triton(*tables, indices, mask)
+        saved = (*tables[:2], mask, load, one)
+        routing_statistics.routing_statistics_backward_triton(None, one, one, None, *saved, [True, True, False])
+        routing_statistics.routing_statistics_backward_triton(load, one, one, one, *saved, [True] * 3)
+
+
 def loss_calls(dtype: torch.dtype, vocabulary: int, entries: int, tokens: int = 2048, width: int = 4096) -> None:
     """Losses on a linear head, with and without gradients; teachers of all logits and of a few entries."""
     head = (empty(tokens, width, dtype=dtype), empty(vocabulary, width, dtype=dtype), None, None)
@@ -281,6 +293,8 @@ def launches(dtype: torch.dtype, architecture: int) -> list[Launch]:
         if dtype != torch.float16:
             # kernels without a product in x's dtype
             route_calls(dtype, 8192, 512, 8, "sigmoid")
+            statistics_calls(8192, 8, 2)
+            statistics_calls(8192, 512, 8)
             optimizer_calls(dtype)
             list_calls(dtype)
     return list(found)

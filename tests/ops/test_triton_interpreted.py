@@ -1135,3 +1135,15 @@ def test_any_mix(tokens, width, out, ranks, kind, dropout, dtype):
     check(REGISTRY["lora_mix"], args)
     soft = kind in ("constant", "token")
     check(REGISTRY["lora_mix_backward"], backward_args(args, [True, True, True, True, True, soft]))
+
+
+@inside
+def test_statistics_of_more_blocks_than_planes():
+    """Programs that take several blocks of rows, and planes that take several steps to add."""
+    from mllmcl_kernels.ops.routing_statistics import triton as routing_statistics
+
+    op = REGISTRY["routing_statistics"]
+    samples = {sample.name: sample.args for sample in op.samples(CPU, torch.float32, 34)}
+    for name, *tiles in (("top 1 of 5, padding", 8, 9), ("many tokens, one expert", 64, 3)):
+        with mock.patch.object(routing_statistics, "TILES", routing_statistics.StatisticsTiles(*tiles)):
+            check(op, samples[name])
