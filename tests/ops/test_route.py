@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from dataclasses import replace
+from unittest import mock
+
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
-from mllmcl_kernels import route
+from mllmcl_kernels import Routing, lora_mix_routed_shared, route
+from mllmcl_kernels.op import REGISTRY
 from mllmcl_kernels.testing import excess
 
 # T tokens, D width, E experts
@@ -59,3 +66,151 @@ def test_no_token_mask_is_a_mask_that_leaves_nothing_out():
         torch.testing.assert_close(one() if callable(one) else one, other() if callable(other) else other)
     empty = route(x[:, :0], weight, top_k=2)
     assert empty.z_loss() == 0 and empty.balance_loss() == 0 and empty.load.sum() == 0
+
+
+NAMES = ("load", "importance", "balance_loss", "z_loss", "entropy")
+
+
+def statistics_of(routing: Routing) -> list[torch.Tensor]:
+    found = [getattr(routing, name) for name in NAMES]
+    return [value() if callable(value) else value for value in found]
+
+
+def written_out(routing: Routing) -> list[torch.Tensor]:
+    """The formulas over the counted tokens alone, gathered, in float64."""
+    lead, experts = routing.gates.shape[:-1], routing.gates.shape[-1]
+    counted = torch.ones(lead, dtype=torch.bool) if routing.token_mask is None else routing.token_mask.expand(lead)
+    logits, probs, gates = (table[counted].double() for table in (routing.logits, routing.probs, routing.gates))
+    load = torch.stack([(routing.indices[counted] == expert).sum() for expert in range(experts)]).double()
+    tokens, total = max(len(logits), 1), probs.sum(-1, keepdim=True)
+    q = torch.where(total > 0, probs / total, 0.0)
+    balance = experts * (load / load.sum().clamp_min(1) * probs.sum(0) / tokens).sum()
+    z = logits.exp().sum(-1).log().square().sum() / tokens
+    return [load, gates.sum(0), balance, z, -torch.xlogy(q, q).sum() / tokens]
+
+
+LEADS = {"one": (), "many": (300,), "none": (0,), "batch": (3, 50)}
+MASKS = {
+    "no mask": lambda lead: None,
+    "tokens": lambda lead: torch.rand(lead) < 0.6,
+    "positions": lambda lead: torch.rand(lead[-1:]) < 0.6,
+    "samples": lambda lead: torch.rand((*lead[:1], *[1] * (len(lead) - 1))) < 0.6,
+    "nothing": lambda lead: torch.zeros(lead, dtype=torch.bool),
+}
+
+
+@pytest.mark.parametrize("backend", ["reference", None])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("lead", LEADS)
+def test_statistics_are_the_formulas(lead: str, mask: str, backend: str | None, monkeypatch):
+    """Values, shapes, dtypes, over any leading dims; some tokens may go nowhere, padding holds NaN."""
+    monkeypatch.setenv("MLLMCL_BACKEND", backend or "")
+    torch.manual_seed(0)
+    shape, width = LEADS[lead], 6
+    for experts, top_k in ((1, 1), (5, 2), (12, None), (40, 4)):
+        x, allowed = torch.randn(*shape, width), torch.rand(*shape, experts) < 0.8
+        # one where everything is allowed, and one in seven where nothing is
+        allowed.view(-1, experts)[:1] = True
+        allowed.view(-1, experts)[3::7] = False
+        routing = route(x, torch.randn(experts, width), top_k=top_k, expert_mask=allowed, score="sigmoid")
+        counted = MASKS[mask](shape)
+        if counted is not None:
+            padding = ~counted.expand(shape).unsqueeze(-1)
+            tables = {
+                name: getattr(routing, name).masked_fill(padding, torch.nan) for name in ("gates", "logits", "probs")
+            }
+            routing = replace(routing, token_mask=counted, **tables)
+        for name, ours, true in zip(NAMES, statistics_of(routing), written_out(routing), strict=True):
+            assert ours.dtype == torch.float32 and ours.shape == true.shape, name
+            torch.testing.assert_close(ours.double(), true, rtol=2e-6, atol=2e-6, msg=name)
+
+
+def test_gradients_of_padding_without_numbers_are_zero():
+    """And those of the rest are those of the rest alone."""
+    torch.manual_seed(0)
+    logits, counted = torch.randn(2, 9, 5), torch.rand(2, 9) < 0.5
+    slots = logits.topk(2, -1).indices.int()
+
+    def gradients_of(logits, slots, mask):
+        tables = [table.clone().requires_grad_() for table in (logits, logits.softmax(-1), logits.sigmoid())]
+        routing = Routing(tables[2], slots, tables[2], tables[0], tables[1], mask)
+        _, importance, *losses = statistics_of(routing)
+        return torch.autograd.grad(sum(losses) + importance.square().sum(), tables)
+
+    whole = gradients_of(logits.masked_fill(~counted.unsqueeze(-1), torch.nan), slots, counted)
+    rest = gradients_of(logits[counted], slots[counted], None)
+    for ours, theirs in zip(whole, rest, strict=True):
+        torch.testing.assert_close(ours[counted], theirs)
+        assert theirs.abs().max() > 0 and not ours[~counted].any()
+
+
+def counting_calls():
+    """The op's calls, while it is patched."""
+    return mock.patch.object(REGISTRY["routing_statistics"], "_run", wraps=REGISTRY["routing_statistics"]._run)
+
+
+def test_statistics_come_from_one_pass_and_copies_make_their_own():
+    weight = torch.randn(5, 8, requires_grad=True)
+    with counting_calls() as calls:
+        routing = route(torch.randn(7, 8), weight, top_k=2)
+        with torch.no_grad():
+            quiet = statistics_of(routing)
+        loud = statistics_of(routing)
+        assert calls.call_count == 2
+        assert not any(value.requires_grad for value in quiet)
+        assert [value.requires_grad for value in loud] == [False, True, True, True, True]
+        sum(loud[1:], loud[0]).sum().backward()
+        assert weight.grad.abs().max() > 0
+        masked = replace(routing, token_mask=torch.arange(7) < 3)
+        assert masked.load.sum() == 6 and calls.call_count == 3
+    plain = route(torch.randn(7, 8), weight.detach(), top_k=2)
+    before = repr(plain), statistics_of(plain)
+    for twin in (copy.copy(plain), copy.deepcopy(plain), pickle.loads(pickle.dumps(plain))):
+        with counting_calls() as calls:
+            assert all(map(torch.equal, statistics_of(twin), before[1])) and calls.call_count == 1
+        assert repr(twin) == before[0]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("routed", ["inside", "outside", "outside, asked before"])
+def test_statistics_under_activation_checkpointing(routed: str, reentrant: bool):
+    """A second pass finds nothing that the first one left."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(7, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True)
+
+    def total(x, routing):
+        routing = routing or route(x, weight, top_k=2)
+        return x.square().sum() + routing.balance_loss() + routing.z_loss()
+
+    found = []
+    for is_checkpointed in (False, True):
+        routing = None if routed == "inside" else route(x, weight, top_k=2)
+        if routed == "outside, asked before":
+            assert routing.load.sum() == 14
+        run = (lambda *args: checkpoint(total, *args, use_reentrant=reentrant)) if is_checkpointed else total
+        x.grad = weight.grad = None
+        run(x, routing).backward()
+        found.append((x.grad, weight.grad))
+    for plain, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain)
+
+
+@pytest.mark.parametrize("backend", ["reference", None])
+def test_statistics_of_routers_side_by_side(backend: str | None, monkeypatch):
+    """Tables whose rows lie apart are read where they are."""
+    monkeypatch.setenv("MLLMCL_BACKEND", backend or "")
+    torch.manual_seed(0)
+    weights, a, b = ([torch.randn(6, shape)] * 3 for shape in (6, 6, 6))
+    routings = lora_mix_routed_shared(
+        torch.randn(2, 30, 6), weights, None, a, b, [torch.randn(3, 6) for _ in range(3)], top_k=2
+    )[1]
+    for routing in routings:
+        assert routing.probs.stride() == (270, 9, 1)
+        for ours, true in zip(statistics_of(routing), written_out(routing), strict=True):
+            torch.testing.assert_close(ours.double(), true, rtol=2e-6, atol=2e-6)
+
+
+def test_an_expert_out_of_range_is_refused():
+    table = torch.rand(3, 4)
+    with pytest.raises(RuntimeError, match="out of range"):
+        Routing(table, torch.tensor([[0], [4], [1]], dtype=torch.int32), table, table, table).load  # noqa: B018

@@ -6,7 +6,9 @@ import contextlib
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from mllmcl.models import ExpertLinear, ExpertProjectorLinear, ExpertState
@@ -112,6 +114,50 @@ def test_lora_mix(kind):
 def test_routers(way):
     masks = [None] * NUM_CALLS if way == "route" else [torch.rand(B, S) < 0.7 for _ in range(NUM_CALLS)]
     check_calls(Mixed(way), [(torch.randn(B, S, K), mask) for mask in masks])
+
+
+def losses_of(routing):
+    return routing.balance_loss() + routing.z_loss() + routing.importance.square().sum()
+
+
+def test_losses_of_a_router_are_one_pass_forward_and_one_backward():
+    ops = []
+
+    def note(graph, inputs):
+        ops.extend(str(node.target) for node in graph.graph.nodes if "routing_statistics" in str(node.target))
+        return make_boxed_func(graph)
+
+    torch.manual_seed(0)
+    x, router = torch.randn(B, S, K), torch.randn(E, K, requires_grad=True)
+    run = torch.compile(
+        lambda x, router: losses_of(route(x, router, top_k=2)), backend=aot_autograd(fw_compiler=note), fullgraph=True
+    )
+    ours = torch.autograd.grad(run(x, router), router)
+    torch.testing.assert_close(ours, torch.autograd.grad(losses_of(route(x, router, top_k=2)), router))
+    assert ops == ["mllmcl.routing_statistics.default", "mllmcl.routing_statistics_backward.default"]
+
+
+@pytest.mark.parametrize("made", ["in a graph", "outside"])
+@pytest.mark.parametrize("is_asked", [False, True])
+def test_a_routing_leaves_a_graph_and_enters_one(made: str, is_asked: bool):
+    """Asked for its load where it was made, or not."""
+    torch.manual_seed(0)
+    x, router = torch.randn(B, S, K), torch.randn(E, K, requires_grad=True)
+
+    def make(x, router):
+        routing = route(x, router, top_k=2)
+        return (routing, routing.load) if is_asked else (routing, None)
+
+    make_compiled, _ = compiled(make)
+    losses_compiled, _ = compiled(losses_of)
+    run = (make_compiled, losses_of) if made == "in a graph" else (make, losses_compiled)
+    outcomes = []
+    for maker, losses in ((make, losses_of), run):
+        routing, load = maker(x, router)
+        assert load is None or load.sum() == 2 * B * S
+        total = losses(routing)
+        outcomes.append((total, routing.entropy(), *torch.autograd.grad(total, router)))
+    torch.testing.assert_close(*outcomes)
 
 
 def expert_layer(**options):

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from ..routing_statistics import Statistics, routing_statistics
+
 __all__ = ["Routing"]
 
 # E experts, k chosen experts, ... the leading dims of x
+
+
+def _saves_elsewhere() -> bool:
+    """Whether hooks take what backward needs, as those of activation checkpointing do."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 @dataclass(frozen=True)
@@ -22,6 +29,8 @@ class Routing:
     logits   `[..., E]` float32, before noise; differentiable
     probs    `[..., E]` float32, the scores over all allowed experts; differentiable
     token_mask  bool `[...]` or None: False counts in no statistic
+
+    Load, importance and losses come from one pass over the tables, made when the first is asked for, and kept.
     """
 
     gates: Tensor
@@ -31,57 +40,42 @@ class Routing:
     probs: Tensor
     token_mask: Tensor | None = None
 
-    def _weights(self) -> Tensor | None:
-        """1 for a token that counts, 0 for one that does not; None where all count."""
-        return None if self.token_mask is None else self.token_mask.to(self.gates.dtype)
+    _kept: dict[bool, Statistics] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def _mean(self, per_token: Tensor) -> Tensor:
-        weights = self._weights()
-        if weights is None:
-            return per_token.sum() / max(per_token.numel(), 1)
-        counted = torch.where(self.token_mask, per_token, torch.zeros_like(per_token))
-        return counted.sum() / weights.sum().clamp_min(1.0)
+    def __getstate__(self) -> dict:
+        """Copies and pickles compute anew: what is kept may hang on a graph."""
+        return {**self.__dict__, "_kept": {}}
 
-    def _sum_E(self, table: Tensor) -> Tensor:
-        """Sum over the counted tokens of `[..., E]`."""
-        if self.token_mask is not None:
-            # selected, not multiplied: padding may hold NaN
-            table = torch.where(self.token_mask.unsqueeze(-1), table, torch.zeros_like(table))
-        return table.reshape(-1, table.shape[-1]).sum(0)
+    def _statistics(self) -> Statistics:
+        """All of them from one pass, kept for the next that is asked for, with and without gradients apart."""
+        has_grad = torch.is_grad_enabled()
+        kept = self._kept.get(has_grad)
+        # activation checkpointing counts what is saved in a second pass, which must not find what the first one left
+        is_replayed = not torch.compiler.is_compiling() and _saves_elsewhere()
+        if kept is None or is_replayed:
+            kept = routing_statistics(self.logits, self.probs, self.gates, self.indices, self.token_mask)
+            if not is_replayed:
+                self._kept[has_grad] = kept
+        return kept
 
     @property
     def load(self) -> Tensor:
         """How many counted tokens chose each expert: `[E]` float32, no gradient (Shazeer et al. 2017)."""
-        experts = self.gates.shape[-1]
-        weights = self._weights()
-        if weights is None:
-            counts = torch.ones((), dtype=self.gates.dtype, device=self.gates.device).expand(self.indices.shape)
-        else:
-            counts = weights.unsqueeze(-1).expand(self.indices.shape)
-        total = torch.zeros(experts + 1, dtype=self.gates.dtype, device=self.gates.device)
-        slots = torch.where(self.indices < 0, experts, self.indices).to(torch.int64)
-        return total.index_add(0, slots.reshape(-1), counts.reshape(-1))[:experts].detach()
+        return self._statistics().load
 
     @property
     def importance(self) -> Tensor:
         """Sum of each expert's gates over the counted tokens: `[E]` float32, differentiable (Shazeer et al. 2017)."""
-        return self._sum_E(self.gates)
+        return self._statistics().importance
 
     def balance_loss(self) -> Tensor:
         """E * sum_e f_e P_e, f the share of slots and P the mean probability (Fedus et al. 2021); 1 when even."""
-        weights, load_E = self._weights(), self.load
-        tokens = max(self.gates[..., 0].numel(), 1) if weights is None else weights.sum().clamp_min(1.0)
-        share_E = load_E / load_E.sum().clamp_min(1.0)
-        return self.gates.shape[-1] * (share_E * (self._sum_E(self.probs) / tokens)).sum()
+        return self._statistics().balance
 
     def z_loss(self) -> Tensor:
         """Mean over the tokens of (log sum exp logits)^2 (Zoph et al. 2022)."""
-        return self._mean(torch.logsumexp(self.logits, -1).square())
+        return self._statistics().z
 
     def entropy(self) -> Tensor:
         """Mean over the tokens of - sum_e p_e log p_e in nats, p the probabilities normalised over the experts."""
-        total = self.probs.sum(-1, keepdim=True)
-        # a row where nothing is allowed has no probabilities
-        p = self.probs / torch.where(total == 0, torch.ones_like(total), total)
-        log_p = torch.log(p.clamp_min(torch.finfo(p.dtype).tiny))
-        return self._mean(-(p * log_p).sum(-1))
+        return self._statistics().entropy
