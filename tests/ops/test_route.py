@@ -214,3 +214,22 @@ def test_an_expert_out_of_range_is_refused():
     table = torch.rand(3, 4)
     with pytest.raises(RuntimeError, match="out of range"):
         Routing(table, torch.tensor([[0], [4], [1]], dtype=torch.int32), table, table, table).load  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["routing_statistics", "routing_statistics_backward"])
+def test_statistics_beside_the_reference_of_the_same_dtype(name: str):
+    """Tables whose rows lie apart, and gradients of a zero, whose logarithm is clamped where the dtype ends."""
+    op = REGISTRY[name]
+    for sample in op.samples(torch.device("cpu"), torch.float32, 35):
+        ours, theirs = op(*sample.args), op(*sample.args, backend="reference")
+        torch.testing.assert_close(ours, theirs, equal_nan=True, rtol=1e-5, atol=1e-6)
+
+
+def test_an_expert_out_of_reach_has_the_gradient_that_torch_gives():
+    probs = torch.tensor([[0.5, 0.25, 0.0], [0.0, 0.0, 0.0], [0.0, 1.0, 0.0]], requires_grad=True)
+    total = probs.sum(-1, keepdim=True)
+    q = probs / torch.where(total == 0, torch.ones_like(total), total)
+    true = -(q * q.clamp_min(torch.finfo(q.dtype).tiny).log()).sum() / 3
+    table = probs.detach()
+    ours = Routing(table, torch.zeros(3, 1, dtype=torch.int32), table, table, probs).entropy()
+    torch.testing.assert_close(torch.autograd.grad(ours, probs), torch.autograd.grad(true, probs))

@@ -1147,3 +1147,13 @@ def test_statistics_of_more_blocks_than_planes():
     for name, *tiles in (("top 1 of 5, padding", 8, 9), ("many tokens, one expert", 64, 3)):
         with mock.patch.object(routing_statistics, "TILES", routing_statistics.StatisticsTiles(*tiles)):
             check(op, samples[name])
+
+
+@inside
+@pytest.mark.parametrize("name", ["routing_statistics", "routing_statistics_backward"])
+def test_statistics_beside_the_reference_of_the_same_dtype(name: str):
+    """Tables whose rows lie apart, and gradients of a zero, whose logarithm is clamped where the dtype ends."""
+    op = REGISTRY[name]
+    for sample in op.samples(CPU, torch.float32, 35):
+        ours, theirs = op(*sample.args, backend="triton"), op(*sample.args, backend="reference")
+        torch.testing.assert_close(ours, theirs, equal_nan=True, rtol=1e-5, atol=1e-6)

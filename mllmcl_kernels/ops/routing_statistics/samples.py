@@ -20,7 +20,8 @@ CASES = (
     ("many tokens, one expert", 700, 1, 1, None, False, False, False),
     ("64 experts", 40, 64, 8, 0.9, True, True, False),
     ("padding of NaN", 21, 6, 2, 0.5, True, False, True),
-    ("rows of NaN and inf", 12, 9, 2, None, False, False, True),
+    ("rows of NaN", 12, 9, 2, None, False, False, True),
+    ("infinite logits, gradients of NaN", 12, 9, 2, None, True, False, True),
 )
 
 
@@ -50,11 +51,11 @@ def samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample]
         if broken and mask is not None:
             for table in tables[:3]:
                 table[~mask] = float("nan")
+        elif "rows of NaN" in name:
+            for table, row in zip(tables[:3], (1, 2, 4), strict=True):
+                table[row, :, 0] = float("nan")
         elif broken:
-            logits, probs, gates, _ = tables
-            logits[1, :, 0] = probs[1] = gates[1, :, 0] = float("nan")
-            logits[3, :, 1] = float("inf")
-            logits[5], logits[7, :, 2] = float("-inf"), float("-inf")
+            tables[0][3, :, 1], tables[0][5], tables[0][7, :, 2] = float("inf"), float("-inf"), float("-inf")
         floats = [table.to(device, wide)[:, -1] for table in tables[:3]]
         indices = tables[3].to(device)[:, -1]
         calls.append(Sample(name, (*floats, indices, None if mask is None else mask.to(device))))
