@@ -14,7 +14,6 @@ from itertools import accumulate, chain, islice, repeat
 
 import torch
 from torch import Tensor
-from torch.library import Library
 
 from .checks import DTYPE, dtypes_in
 from .layouts import addresses, laid_like, laid_masks, lie_alike, seen, seen_as, slices
@@ -25,8 +24,6 @@ __all__ = ["KeptTable", "list_reason", "list_table", "look", "number_table"]
 #: torch's own numbers of the dtypes
 DTYPE_CODE = {torch.float16: 5, torch.float32: 6, torch.bfloat16: 15}
 
-LIBRARY = Library("mllmcl_cpu", "FRAGMENT")
-LIBRARY.define("look(Tensor[] a, Tensor[] b, Tensor[] c, Tensor[] d, int lists, Tensor(a!) table) -> bool")
 #: lists that C++ looks at in one go
 MOST_LISTS = 4
 

@@ -23,6 +23,10 @@ __all__ = ["BACKENDS", "backends", "build_info", "debug_checks", "default_backen
 log = logging.getLogger("mllmcl_kernels")
 FOLDER = Path(__file__).parent
 
+#: torch's compiler asks for every operator that is registered for all devices, declared or not: before C++ is loaded
+DECLARATIONS = torch.library.Library("mllmcl_cpu", "FRAGMENT")
+DECLARATIONS.define("look(Tensor[] a, Tensor[] b, Tensor[] c, Tensor[] d, int lists, Tensor(a!) table) -> bool")
+
 #: every backend, the fastest first where several can run; "chunked" is plain torch that never holds the whole
 BACKENDS = ("cuda", "triton", "cpp", "chunked", "reference")
 

@@ -3,6 +3,8 @@
 # B samples, S positions, K in, N out, E experts
 
 import contextlib
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -47,6 +49,20 @@ def compiled(function):
     """`function` in one graph, forward and backward traced, and the counter of compilations."""
     counter = CompileCounterWithBackend("aot_eager")
     return torch.compile(function, backend=counter, fullgraph=True), counter
+
+
+def test_a_compiler_after_a_plain_call_in_a_fresh_process():
+    """What C++ registers is declared by then, whatever the process has imported."""
+    code = (
+        "import torch; from mllmcl_kernels import lora_mix; x = torch.ones(2, 2, requires_grad=True);"
+        "y = [run(x).sum() for mix in [lambda x: lora_mix(x, x, None, x, x)]"
+        " for run in (mix, torch.compile(mix, backend='aot_eager', fullgraph=True))];"
+        "y[1].backward(); print(y[0].item(), y[1].item(), x.grad.sum().item())"
+    )
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr[-3000:]
+    # x x^T + (x x^T) x^T is 6 everywhere; a sum of products of two and of three ones has 2 and 3 times their number
+    assert child.stdout.split() == ["24.0", "24.0", "64.0"]
 
 
 class Mixed(nn.Module):
