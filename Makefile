@@ -42,7 +42,7 @@ sanitize: env
 	cd build/sanitize && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	LD_PRELOAD="$(foreach library,libasan.so libubsan.so libstdc++.so,$(shell $(CXX) -print-file-name=$(library)))" \
 	../../$(BIN)/python -m pytest -q -x -s -p no:cacheprovider tests/ops/test_registry.py tests/ops/test_route.py \
-	tests/ops/test_masks.py tests/ops/test_ema_update.py -k "not triton and not opcheck and not gradcheck"
+	tests/ops/test_masks.py tests/ops/test_ema_update.py tests/ops/test_lists.py tests/ops/test_penalties.py -k "not triton and not opcheck and not gradcheck"
 
 # peers wake their threads more often, and would pay for short spinning
 bench: env

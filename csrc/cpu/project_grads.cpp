@@ -126,7 +126,7 @@ void run_unit(const Unit& unit, const Tensor& grad, const Tensor& basis) {
     const int64_t real = std::min(kMost, unit.first + unit.rows - row), rows = real > kLanes ? kMost : kLanes;
     float* g[kMost];
     for (int64_t i = 0; i < rows; ++i) {
-      float* spare = memory.data() + (converts ? i : i - real) * width;
+      float* spare = !converts && i < real ? nullptr : memory.data() + (converts ? i : i - real) * width;
       g[i] = i < real ? const_cast<float*>(load_row(to, dtype, (row + i) * width, width, spare)) : spare;
     }
     coefficients(g, rows, m, stride, width, out.data());
