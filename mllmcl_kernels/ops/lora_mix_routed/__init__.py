@@ -40,17 +40,27 @@ def _setup_context(ctx, inputs, output) -> None:
     _, s, gates, indices, _, _, probs = output
     ctx.save_for_backward(x, weight, lora_a, lora_b, router_weight, seed, s, gates, indices, probs)
     ctx.mark_non_differentiable(s, indices)
+    # no zeros for s, which nobody asks about
+    ctx.set_materialize_grads(False)
     ctx.options = options
+
+
+def routing_gradients(gates: Tensor, indices: Tensor, d_gates, d_values, d_logits, d_probs) -> list[Tensor]:
+    """The gradients of a routing's tables, zeros for what is None."""
+    likes = (gates, gates[:, : indices.shape[1]], gates, gates)
+    pairs = zip((d_gates, d_values, d_logits, d_probs), likes, strict=True)
+    return [torch.zeros_like(like) if grad is None else grad for grad, like in pairs]
 
 
 def _backward(ctx, dy, _ds, d_gates, _d_indices, d_values, d_logits, d_probs):
     trainable = ctx.options[6]
+    x, weight, *_, gates, indices, _ = ctx.saved_tensors
+    dy = x.new_zeros(x.shape[0], weight.shape[0]) if dy is None else dy
+    tables = routing_gradients(gates, indices, d_gates, d_values, d_logits, d_probs)
     needs = list(ctx.needs_input_grad[:7])
     needs[3] = needs[3] and any(trainable)
     needs[4] = needs[4] and any(trainable)
-    grads = lora_mix_routed_backward_op(
-        dy, d_gates, d_values, d_logits, d_probs, *ctx.saved_tensors, *ctx.options, needs, backend=ctx.backend
-    )
+    grads = lora_mix_routed_backward_op(dy, *tables, *ctx.saved_tensors, *ctx.options, needs, backend=ctx.backend)
     return (*(grad if need else None for need, grad in zip(needs, grads, strict=True)), *([None] * 12))
 
 

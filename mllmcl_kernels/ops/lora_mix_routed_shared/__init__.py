@@ -10,6 +10,7 @@ from ...checks import expect, expect_flag, expect_tensor
 from ...dropout import draw_seed
 from ...op import Cost, Op
 from ..lora_mix_routed import _cost as routed_cost
+from ..lora_mix_routed import routing_gradients
 from ..lora_mix_shared import (
     all_biases,
     check_linears,
@@ -18,6 +19,7 @@ from ..lora_mix_shared import (
     layer_gradients,
     layer_needs,
     layers_in_one_dtype,
+    output_gradients,
 )
 from ..route import Routing, check_options, check_router, fake_routing, wrap_routing
 from .reference import lora_mix_routed_shared_backward_reference, lora_mix_routed_shared_reference
@@ -61,6 +63,8 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.count, ctx.options = len(weight), options
     ctx.save_for_backward(x, *weight, *lora_a, *lora_b, *router_weight, seed, s, gates, indices, probs)
     ctx.mark_non_differentiable(s, indices)
+    # no zeros for s, which nobody asks about
+    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grads):
@@ -73,8 +77,10 @@ def _backward(ctx, grads):
     wants_router_bias = wants_router_bias if isinstance(wants_router_bias, list) else []
     needs_routers = [any(wants_router), any(wants_router_bias)]
     _, d_gates, _, d_values, d_logits, d_probs, *dy = grads
+    *_, gates, indices, _ = saved
+    tables = routing_gradients(gates, indices, d_gates, d_values, d_logits, d_probs)
     dx, drouter, drouter_bias, *rest = lora_mix_routed_shared_backward_op(
-        dy, d_gates, d_values, d_logits, d_probs, x, *layers, *saved[4 * count :], *ctx.options,
+        output_gradients(dy, x, layers[0]), *tables, x, *layers, *saved[4 * count :], *ctx.options,
         [wants_x, *needs, *needs_routers], backend=ctx.backend,
     )  # fmt: skip
     found = layer_gradients(rest, wanted, needs)

@@ -49,6 +49,8 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.count, ctx.options = len(weight), options
     ctx.save_for_backward(x, *weight, *lora_a, *lora_b, gates, seed, output[0])
     ctx.mark_non_differentiable(output[0])
+    # no zeros for s, which nobody asks about
+    ctx.set_materialize_grads(False)
 
 
 def layer_needs(wanted: list, trainable: Sequence[bool]) -> list[bool]:
@@ -74,6 +76,12 @@ def layer_gradients(
     ]
 
 
+def output_gradients(dy: Sequence[Tensor | None], x: Tensor, weight: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients of all y, zeros for one that nobody uses."""
+    pairs = zip(dy, weight, strict=True)
+    return [x.new_zeros(x.shape[0], one.shape[0]) if grad is None else grad for grad, one in pairs]
+
+
 def _backward(ctx, grads):
     count = ctx.count
     x, *saved = ctx.saved_tensors
@@ -82,8 +90,8 @@ def _backward(ctx, grads):
     wants_x, *wanted, wants_gates = ctx.needs_input_grad[:6]
     needs = layer_needs(wanted, ctx.options[2])
     dx, dgates, *rest = lora_mix_shared_backward_op(
-        grads[1:], x, weight, lora_a, lora_b, gates, seed, s, *ctx.options, [wants_x, *needs, wants_gates],
-        backend=ctx.backend,
+        output_gradients(grads[1:], x, weight), x, weight, lora_a, lora_b, gates, seed, s, *ctx.options,
+        [wants_x, *needs, wants_gates], backend=ctx.backend,
     )  # fmt: skip
     layers = layer_gradients(rest, wanted, needs)
     return (dx if wants_x else None, *layers, dgates if wants_gates else None, *([None] * 5))

@@ -16,13 +16,16 @@ LIBRARY = Library("mllmcl_cpu", "FRAGMENT")
 LIBRARY.define("project_grads(Tensor(a!)[] grads, Tensor[] bases) -> ()")
 
 
-#: beyond this the products of torch, which work through blocks of the basis, are as fast or faster
-MOST_OF_BASIS = 2**19
+#: beyond these the products of torch, which work through blocks of either matrix, are as fast or faster
+MOST_OF_BASIS, MOST_ROWS = 2**19, 256
 
 
 def _supports(grads, bases) -> str | None:
     if max(map(Tensor.numel, bases)) > MOST_OF_BASIS:
         return f"a basis of more than {MOST_OF_BASIS} numbers does not stay in the cache"
+    rows = sum(grad.numel() // max(grad.shape[-1], 1) for grad in grads) // len(grads)
+    if rows > MOST_ROWS:
+        return f"gradients of {rows} rows on average, over {MOST_ROWS}, are products for a library"
     return list_reason((grads, bases), "gradients", grads) if are_contiguous(grads) else "gradients must lie in rows"
 
 
