@@ -54,13 +54,15 @@ def routing_gradients(gates: Tensor, indices: Tensor, d_gates, d_values, d_logit
 
 def _backward(ctx, dy, _ds, d_gates, _d_indices, d_values, d_logits, d_probs):
     trainable = ctx.options[6]
-    x, weight, *_, gates, indices, _ = ctx.saved_tensors
+    # asked for once, since checkpointing gives them once
+    saved = ctx.saved_tensors
+    x, weight, *_, gates, indices, _ = saved
     dy = x.new_zeros(x.shape[0], weight.shape[0]) if dy is None else dy
     tables = routing_gradients(gates, indices, d_gates, d_values, d_logits, d_probs)
     needs = list(ctx.needs_input_grad[:7])
     needs[3] = needs[3] and any(trainable)
     needs[4] = needs[4] and any(trainable)
-    grads = lora_mix_routed_backward_op(dy, *tables, *ctx.saved_tensors, *ctx.options, needs, backend=ctx.backend)
+    grads = lora_mix_routed_backward_op(dy, *tables, *saved, *ctx.options, needs, backend=ctx.backend)
     return (*(grad if need else None for need, grad in zip(needs, grads, strict=True)), *([None] * 12))
 
 
