@@ -280,7 +280,6 @@ def launches(dtype: torch.dtype, architecture: int) -> list[Launch]:
             # the same in either half
             few_calls(dtype, 1, 16, 8)
             few_calls(dtype, 64, 16, 8)
-            shared_calls(dtype, 512, 16, 8)
             shared_calls(dtype, 16384, 16, 8)
             grouped_mix_calls(dtype, 64, 16, 0.0)
             grouped_mix_calls(dtype, 16, 24, 0.1)
