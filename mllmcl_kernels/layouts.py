@@ -22,6 +22,7 @@ __all__ = [
     "ROWS",
     "addresses",
     "by_columns",
+    "dense_rows",
     "laid_like",
     "laid_masks",
     "lie_alike",
@@ -53,6 +54,11 @@ def lies(tensor: Tensor) -> int | None:
 def by_columns(matrix: Tensor) -> bool:
     """Whether neighbours in memory are neighbours in a column, gaps or not: how torch lays what is made like it."""
     return matrix.stride(0) < matrix.stride(1)
+
+
+def dense_rows(matrix: Tensor) -> Tensor:
+    """The matrix, or a copy where neighbours in a row are not neighbours in memory; its rows may lie apart."""
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
 def _strides(tensors: Sequence[Tensor]) -> list[tuple[int, ...]]:

@@ -21,12 +21,12 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .concat import are_side_by_side, joined_rows, joined_weights, room_behind
+from .layouts import dense_rows
 from .triton_tools import (
     Tile,
     Tiles,
     ceil_div,
     compute_capability,
-    dense_rows,
     dot,
     dot_precision,
     launch,

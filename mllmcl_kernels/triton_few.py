@@ -15,12 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .layouts import dense_rows
 from .triton_tools import (
     EXPERT_IDS,
     Gating,
     Tile,
     ceil_div,
-    dense_rows,
     dot,
     dot_precision,
     gate_tile,

@@ -39,7 +39,6 @@ __all__ = [
     "chunk_mask",
     "chunk_of",
     "compute_capability",
-    "dense_rows",
     "dot",
     "dot_precision",
     "dtype_reason",
@@ -230,11 +229,6 @@ class Tiles:
 
 def ceil_div(number: int, block: int) -> int:
     return -(-number // block)
-
-
-def dense_rows(matrix: Tensor) -> Tensor:
-    """The matrix, or a copy where neighbours in a row are not neighbours in memory; its rows may lie apart."""
-    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
 def power_of_two(number: int, least: int = 16) -> int:

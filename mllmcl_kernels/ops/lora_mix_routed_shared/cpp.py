@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from ...products import product_nt
 from ..lora_mix.cpp import float_path, mixed_ranks
@@ -19,6 +18,7 @@ from ..lora_mix_shared.cpp import (
 from ..lora_mix_shared.reference import cut
 from ..route.cpp import gates_from_logits, logits_gradient, product_gradient, route_cpp
 from . import lora_mix_routed_shared_backward_op, lora_mix_routed_shared_op
+from .tables import mask_by_router, routed_in_turn, row_by_row
 
 __all__: list[str] = []
 
@@ -31,11 +31,6 @@ def _supports_backward(dy, d_gates, d_values, d_logits, d_probs, x, weight, lora
     return float_path(*dy, x, *weight, *lora_a, *lora_b)
 
 
-def _each(table: Tensor | None, count: int) -> Tensor | None:
-    """`[T, L * D]` as a row for each token and linear, `[T * L, D]`."""
-    return None if table is None else table.reshape(table.shape[0] * count, table.shape[1] // count)
-
-
 @lora_mix_routed_shared_op.provider("cpp", supports=_supports)
 def lora_mix_routed_shared_cpp(
     x, weight, bias, lora_a, lora_b, router_weight, router_bias, noise, expert_mask, seed, top_k, score, temperature,
@@ -44,9 +39,7 @@ def lora_mix_routed_shared_cpp(
     count, tokens = len(weight), x.shape[0]
     if not one_product(x, score, dropout):
         options = (expert_mask, top_k, score, temperature, renormalize, straight_through)
-        each = zip(router_weight, router_bias or [None] * count, cut(noise, count), strict=True)
-        tables = zip(*(route_cpp(x, *router, *options) for router in each), strict=True)
-        routing = [torch.cat(table, 1) for table in tables]
+        routing = routed_in_turn(route_cpp, x, router_weight, router_bias, noise, *options)
         mix = (x, weight, bias, lora_a, lora_b, routing[0], seed, ranks, scaling, trainable, dropout)
         s, *found = lora_mix_shared_cpp(*mix)
         return [s, *routing, *found]
@@ -56,11 +49,10 @@ def lora_mix_routed_shared_cpp(
     s, logits = both[:, :total].contiguous(), both[:, total:]
     if router_bias:
         logits = logits + torch.cat(router_bias)
-    logits = _each(logits / temperature, count).contiguous()
-    if expert_mask is not None and expert_mask.shape[0] > 1:
-        expert_mask = expert_mask.repeat_interleave(count, 0)
+    logits = row_by_row(logits / temperature, count).contiguous()
+    expert_mask = mask_by_router(expert_mask, count)
     routing = gates_from_logits(
-        logits, _each(noise, count), expert_mask, top_k, score, renormalize, straight_through
+        logits, row_by_row(noise, count), expert_mask, top_k, score, renormalize, straight_through
     )  # fmt: skip
     routing = [table.view(tokens, count * table.shape[1]) for table in routing]
     mixed = mixed_ranks(s, routing[0], ranks * count, scaling * count)
@@ -81,7 +73,7 @@ def lora_mix_routed_shared_backward_cpp(
     mixed, through = rank_gradients(dy, lora_b, s, gates, ranks, scaling, True, ds)
     tables = (d_gates + through, d_values, d_logits, d_probs, gates, indices, probs)
     dl = logits_gradient(
-        *(_each(table, count) for table in tables), score, temperature, renormalize, straight_through
+        *(row_by_row(table, count) for table in tables), score, temperature, renormalize, straight_through
     ).view_as(gates)
     dx, da, drouter = (x.new_empty(0) for _ in range(3))
     if one_product(x, score, dropout):

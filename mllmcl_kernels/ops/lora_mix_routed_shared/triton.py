@@ -10,7 +10,6 @@ over each dy in rank space, one kernel for the gradient of all logits, then the 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from ...triton_expand import add_product
 from ...triton_tools import Gating, dtype_reason
@@ -28,13 +27,9 @@ from ..lora_mix_shared.triton import (
 from ..route.reference import logits_backward
 from ..route.triton import MOST_EXPERTS, gates_from_logits_triton, logits_gradient_triton, route_triton
 from . import lora_mix_routed_shared_backward_op, lora_mix_routed_shared_op
+from .tables import mask_by_router, routed_in_turn, row_by_row
 
 __all__: list[str] = []
-
-
-def _each(table: Tensor | None, count: int) -> Tensor | None:
-    """`[T, L * D]` as a row for each token and linear, `[T * L, D]`."""
-    return None if table is None else table.reshape(table.shape[0] * count, table.shape[1] // count)
 
 
 def _supports(x, weight, bias, lora_a, lora_b, router_weight, router_bias, noise, *_rest) -> str | None:
@@ -53,9 +48,7 @@ def lora_mix_routed_shared_triton(
     count, tokens = len(weight), x.shape[0]
     if score == "cosine" or dropout > 0.0:
         options = (expert_mask, top_k, score, temperature, renormalize, straight_through)
-        each = zip(router_weight, router_bias or [None] * count, cut(noise, count), strict=True)
-        tables = zip(*(route_triton(x, *router, *options) for router in each), strict=True)
-        routing = [torch.cat(table, 1) for table in tables]
+        routing = routed_in_turn(route_triton, x, router_weight, router_bias, noise, *options)
         mix = (x, weight, bias, lora_a, lora_b, routing[0], seed, ranks, scaling, trainable, dropout)
         s, *found = lora_mix_shared_triton(*mix)
         return [s, *routing, *found]
@@ -64,10 +57,9 @@ def lora_mix_routed_shared_triton(
     logits = planes[:, :, total:].sum(0)
     if router_bias:
         logits += torch.cat(router_bias)
-    if expert_mask is not None and expert_mask.shape[0] > 1:
-        expert_mask = expert_mask.repeat_interleave(count, 0)
+    expert_mask = mask_by_router(expert_mask, count)
     tables = gates_from_logits_triton(
-        _each(logits / temperature, count), _each(noise, count), expert_mask, top_k, score, renormalize,
+        row_by_row(logits / temperature, count), row_by_row(noise, count), expert_mask, top_k, score, renormalize,
         straight_through,
     )  # fmt: skip
     routing = [table.view(tokens, count * table.shape[1]) for table in tables]
@@ -99,8 +91,8 @@ def lora_mix_routed_shared_backward_triton(
     mixed, through_mix = rank_gradients_of_all(dy, lora_b, s, ds, gates, ranks, scaling, needs_b, True)
     tables = (d_gates, d_values, d_logits, d_probs, gates, indices, probs)
     dl = logits_gradient_triton(
-        *(_each(table, count) for table in tables), score, temperature, renormalize, straight_through,
-        more=_each(through_mix, count),
+        *(row_by_row(table, count) for table in tables), score, temperature, renormalize, straight_through,
+        more=row_by_row(through_mix, count),
     ).view_as(gates)  # fmt: skip
     dx, da, drouter = (x.new_empty(0) for _ in range(3))
     if in_one:

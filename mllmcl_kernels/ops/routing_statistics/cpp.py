@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.library import Library
 
+from ...layouts import dense_rows
 from . import _fake, _fake_backward, routing_statistics_backward_op, routing_statistics_op
 
 __all__: list[str] = []
@@ -28,11 +29,6 @@ def _float_path(*tables: Tensor) -> str | None:
     return None if foreign is None else f"computes in float32, got {foreign}"
 
 
-def _rows(table: Tensor) -> Tensor:
-    """The table, or a copy where neighbours in a row are not neighbours in memory; its rows may lie apart."""
-    return table if table.stride(1) == 1 else table.contiguous()
-
-
 def _bytes(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.contiguous().view(torch.uint8)
 
@@ -40,7 +36,7 @@ def _bytes(mask: Tensor | None) -> Tensor | None:
 @routing_statistics_op.provider("cpp", supports=lambda logits, probs, gates, *_rest: _float_path(logits, probs, gates))
 def routing_statistics_cpp(logits, probs, gates, indices, token_mask):
     outputs = _fake(logits, probs, gates, indices, token_mask)
-    tables = map(_rows, (logits, probs, gates, indices))
+    tables = map(dense_rows, (logits, probs, gates, indices))
     OPS.routing_statistics(*tables, _bytes(token_mask), *outputs)
     return outputs
 
@@ -54,6 +50,15 @@ def routing_statistics_backward_cpp(
     grads = _fake_backward(None, None, None, None, logits, probs, None, None, None, needs)
     d_importance = None if d_importance is None else d_importance.contiguous()
     OPS.routing_statistics_backward(
-        d_importance, d_balance, d_z, d_entropy, _rows(logits), _rows(probs), _bytes(token_mask), load, count, *grads
+        d_importance,
+        d_balance,
+        d_z,
+        d_entropy,
+        dense_rows(logits),
+        dense_rows(probs),
+        _bytes(token_mask),
+        load,
+        count,
+        *grads,
     )
     return grads

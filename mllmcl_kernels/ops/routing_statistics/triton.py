@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...triton_tools import ceil_div, dense_rows, launch, power_of_two
+from ...layouts import dense_rows
+from ...triton_tools import ceil_div, launch, power_of_two
 from . import _fake, _fake_backward, routing_statistics_backward_op, routing_statistics_op
 
 __all__: list[str] = []
