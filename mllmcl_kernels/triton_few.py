@@ -27,6 +27,9 @@ from .triton_tools import (
     launch,
     note_wrong_ids,
     power_of_two,
+    rank_product,
+    rows_and_columns,
+    sum_planes,
 )
 from .tuning import bucket, pick_tile
 
@@ -65,24 +68,36 @@ def _few_tokens_kernel(
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """y = x W^T + b + (s * G) B^T for a block of columns, s summed up from its planes in fixed order."""
-    blocks = tl.cdiv(N, BLOCK_N)
-    pid = tl.program_id(0)
-    rows = (pid // blocks).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    cols = (pid % blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows, cols = rows_and_columns(tl.program_id(0), N, BLOCK_T, BLOCK_N)
+    acc = rank_product(
+        x_ptr, weight_ptr, x_ptr, rows, cols, T, K, N, 0, stride_xt, 1, stride_wn, 1,
+        False, 0, 1, PRECISION, BLOCK_T, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    _finish_tile(
+        acc, y_ptr, s_ptr, planes_ptr, b_ptr, bias_ptr, gates_ptr, owner_ptr, scale_ptr, flag_ptr,
+        rows, cols, tl.program_id(0) % tl.cdiv(N, BLOCK_N) == 0, T, N, R, run, num_experts, stride_bn, stride_br,
+        KIND, HAS_BIAS, SPLIT, PRECISION, BLOCK_T, BLOCK_R,
+    )  # fmt: skip
+
+
+@triton.jit
+def _finish_tile(
+    acc, y_ptr, s_ptr, planes_ptr, b_ptr, bias_ptr, gates_ptr, owner_ptr, scale_ptr, flag_ptr,
+    rows, cols, is_first, T, N, R, run, num_experts, stride_bn, stride_br,
+    KIND: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Write acc + (s * G) B^T + b to y, and with `is_first` s, which is summed up from its planes."""
     row_mask, col_mask = rows < T, cols < N
     if KIND == _IDS:
-        note_wrong_ids(flag_ptr, gates_ptr, rows, row_mask & (pid % blocks == 0), run, num_experts)
-    acc = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+        note_wrong_ids(flag_ptr, gates_ptr, rows, row_mask & is_first, run, num_experts)
     for start in range(0, R, BLOCK_R):
         ranks = (start + tl.arange(0, BLOCK_R)).to(tl.int64)
         rank_mask = ranks < R
         inside = row_mask[:, None] & rank_mask[None, :]
-        places = rows[:, None] * R + ranks[None, :]
-        s = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
-        for split in range(SPLIT):
-            s += tl.load(planes_ptr + tl.cast(split, tl.int64) * T * R + places, mask=inside, other=0.0)
-        if pid % blocks == 0:
-            tl.store(s_ptr + places, s.to(s_ptr.dtype.element_ty), mask=inside)
+        s = sum_planes(planes_ptr, rows, ranks, inside, T, R, SPLIT, BLOCK_T, BLOCK_R)
+        if is_first:
+            tl.store(s_ptr + rows[:, None] * R + ranks[None, :], s.to(s_ptr.dtype.element_ty), mask=inside)
         factor = gate_tile(
             gates_ptr, owner_ptr, scale_ptr, rows, ranks, row_mask, rank_mask, run, num_experts, KIND
         )  # fmt: skip
@@ -92,17 +107,6 @@ def _few_tokens_kernel(
             other=0.0,
         )
         acc = dot((s * factor).to(b.dtype), b, acc, PRECISION)
-    for start in range(0, K, BLOCK_K):
-        ks = start + tl.arange(0, BLOCK_K)
-        x = tl.load(
-            x_ptr + rows[:, None] * stride_xt + ks[None, :], mask=row_mask[:, None] & (ks < K)[None, :], other=0.0
-        )
-        w = tl.load(
-            weight_ptr + cols[None, :] * stride_wn + ks[:, None],
-            mask=(ks < K)[:, None] & col_mask[None, :],
-            other=0.0,
-        )
-        acc = dot(x, w, acc, PRECISION)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
     y = acc.to(y_ptr.dtype.element_ty)

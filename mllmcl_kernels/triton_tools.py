@@ -57,8 +57,10 @@ __all__ = [
     "raise_for_ids",
     "rank_product",
     "rank_tables",
-    "rows_and_ranks",
+    "rows_and_columns",
     "start",
+    "store_plane",
+    "sum_planes",
 ]
 
 #: True where TRITON_INTERPRET=1 was set before triton was imported
@@ -163,13 +165,30 @@ def rank_product(
 
 
 @triton.jit
-def rows_and_ranks(T, R, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr):
-    """This program's rows and ranks in int64; programs beside each other share rows, so that x comes from L2."""
-    blocks = tl.cdiv(R, BLOCK_R)
-    pid = tl.program_id(0)
-    rows = (pid // blocks).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    cols = (pid % blocks).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+def rows_and_columns(tile, width, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Rows and columns of a tile in int64; tiles beside each other share rows, so that x comes from L2."""
+    blocks = tl.cdiv(width, BLOCK_C)
+    rows = (tile // blocks).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    cols = (tile % blocks).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     return rows, cols
+
+
+@triton.jit
+def store_plane(planes_ptr, part, rows, cols, inside, T, R, split):
+    """A tile of this split's plane in planes [SPLIT, T, R] float32."""
+    places = split.to(tl.int64) * T * R + rows[:, None] * R + cols[None, :]
+    tl.store(planes_ptr + places, part, mask=inside)
+
+
+@triton.jit
+def sum_planes(planes_ptr, rows, cols, inside, T, R, SPLIT, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr):
+    """A tile of the sum of planes [SPLIT, T, R] in fixed order, read from L2: other processors wrote them."""
+    total = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
+    from_ptr = planes_ptr + rows[:, None] * R + cols[None, :]
+    for split in range(SPLIT):
+        plane_ptr = from_ptr + tl.cast(split, tl.int64) * T * R
+        total += tl.load(plane_ptr, mask=inside, other=0.0, cache_modifier=".cg")
+    return total
 
 
 # -- softmax over a long row ------------------------------------------------------------------------------------------

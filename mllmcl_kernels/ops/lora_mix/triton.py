@@ -48,7 +48,9 @@ from ...triton_tools import (
     num_processors,
     power_of_two,
     rank_product,
-    rows_and_ranks,
+    rows_and_columns,
+    store_plane,
+    sum_planes,
 )
 from ...tuning import bucket, pick_tile
 from . import lora_mix_backward_op, lora_mix_op
@@ -113,7 +115,7 @@ def _lora_mix_shrink_kernel(
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """s = drop(x) A^T and s * G, or with PLANES the float32 plane of one split."""
-    rows, cols = rows_and_ranks(T, R, BLOCK_T, BLOCK_R)
+    rows, cols = rows_and_columns(tl.program_id(0), R, BLOCK_T, BLOCK_R)
     split = tl.program_id(1)
     acc = rank_product(
         x_ptr, a_ptr, seed_ptr, rows, cols, T, K, R, split, stride_xt, stride_xk, stride_ar, stride_ak,
@@ -122,15 +124,15 @@ def _lora_mix_shrink_kernel(
     acc *= KEEP_SCALE
     row_mask, col_mask = rows < T, cols < R
     inside = row_mask[:, None] & col_mask[None, :]
-    places = rows[:, None] * R + cols[None, :]
     if PLANES:
-        tl.store(planes_ptr + split.to(tl.int64) * T * R + places, acc, mask=inside)
+        store_plane(planes_ptr, acc, rows, cols, inside, T, R, split)
     else:
         if KIND == _IDS:
             note_wrong_ids(flag_ptr, gates_ptr, rows, row_mask, run, num_experts)
         factor = gate_tile(
             gates_ptr, owner_ptr, scale_ptr, rows, cols, row_mask, col_mask, run, num_experts, KIND
         )  # fmt: skip
+        places = rows[:, None] * R + cols[None, :]
         tl.store(s_ptr + places, acc.to(s_ptr.dtype.element_ty), mask=inside)
         targets = rows[:, None] * stride_mt + cols[None, :]
         tl.store(mixed_ptr + targets, (acc * factor).to(mixed_ptr.dtype.element_ty), mask=inside)
@@ -142,17 +144,14 @@ def _lora_mix_gate_kernel(
     KIND: tl.constexpr, SPLIT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """s from its planes [SPLIT, T, width] in fixed order and s * G; with SPLIT = 0 only s * G from s."""
-    rows, cols = rows_and_ranks(T, R, BLOCK_T, BLOCK_R)
+    rows, cols = rows_and_columns(tl.program_id(0), R, BLOCK_T, BLOCK_R)
     row_mask, col_mask = rows < T, cols < R
     inside = row_mask[:, None] & col_mask[None, :]
     places = rows[:, None] * R + cols[None, :]
     if SPLIT == 0:
         s = tl.load(s_ptr + places, mask=inside, other=0.0).to(tl.float32)
     else:
-        s = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
-        from_ptr = planes_ptr + rows[:, None] * width + cols[None, :]
-        for split in range(SPLIT):
-            s += tl.load(from_ptr + tl.cast(split, tl.int64) * T * width, mask=inside, other=0.0)
+        s = sum_planes(planes_ptr, rows, cols, inside, T, width, SPLIT, BLOCK_T, BLOCK_R)
         tl.store(s_ptr + places, s.to(s_ptr.dtype.element_ty), mask=inside)
     if KIND == _IDS:
         note_wrong_ids(flag_ptr, gates_ptr, rows, row_mask, run, num_experts)
@@ -172,7 +171,7 @@ def _lora_mix_bwd_rank_kernel(
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """u = dy B, then ds = u * G, s * G and each token's gradient of the gates; without FUSED the plane of one split."""
-    rows, cols = rows_and_ranks(T, R, BLOCK_T, BLOCK_R)
+    rows, cols = rows_and_columns(tl.program_id(0), R, BLOCK_T, BLOCK_R)
     split = tl.program_id(1)
     u = rank_product(
         dy_ptr, b_ptr, dy_ptr, rows, cols, T, N, R, split, stride_yt, stride_yn, stride_br, stride_bn,
@@ -182,7 +181,7 @@ def _lora_mix_bwd_rank_kernel(
     inside = row_mask[:, None] & col_mask[None, :]
     places = rows[:, None] * R + cols[None, :]
     if not FUSED:
-        tl.store(planes_ptr + split.to(tl.int64) * T * R + places, u, mask=inside)
+        store_plane(planes_ptr, u, rows, cols, inside, T, R, split)
     else:
         factor = gate_tile(
             gates_ptr, owner_ptr, scale_ptr, rows, cols, row_mask, col_mask, run, num_experts, KIND
@@ -226,9 +225,7 @@ def _lora_mix_bwd_gate_kernel(
         cols = (start + tl.arange(0, BLOCK_R)).to(tl.int64)
         inside = row_mask[:, None] & (cols < end)[None, :]
         places = rows[:, None] * R + cols[None, :]
-        u = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
-        for split in range(SPLIT):
-            u += tl.load(planes_ptr + tl.cast(split, tl.int64) * T * R + places, mask=inside, other=0.0)
+        u = sum_planes(planes_ptr, rows, cols, inside, T, R, SPLIT, BLOCK_T, BLOCK_R)
         scale = tl.load(scale_ptr + cols, mask=cols < end, other=0.0)
         factor = gate[:, None] * scale[None, :]
         tl.store(
