@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .layouts import addresses, laid_like, laid_masks, lie_alike, seen, seen_as, slices
+from .tuning import is_capturing
 
 __all__ = [
     "ChunkTable",
@@ -33,16 +34,12 @@ __all__ = [
 _kept_for_replays: list[Tensor] = []
 
 
-def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
 def _to_device(table: Tensor, device: torch.device) -> Tensor:
     """A copy that the host does not wait for."""
     if device.type != "cuda":
         return table.to(device)
     host = table.pin_memory()
-    if _is_capturing(device):
+    if is_capturing(device):
         _kept_for_replays.append(host)
     return host.to(device, non_blocking=True)
 
@@ -59,7 +56,7 @@ def device_tables(make: Callable[..., Sequence[Tensor]], key: tuple, device: tor
 
     A captured CUDA graph makes its own, since they live in its memory.
     """
-    if _is_capturing(device):
+    if is_capturing(device):
         return tuple(_to_device(table, device) for table in make(*key))
     return _cached_tables(make, key, device)
 
@@ -207,7 +204,7 @@ class KeptTables:
 
     def renew(self, moves: Sequence[Tensor]) -> bool:
         """Write down where these tensors, which the caller holds, are; False where tables have to be made anew."""
-        if not self._renewable or _is_capturing(self._device):
+        if not self._renewable or is_capturing(self._device):
             return False
         if seen(self._staying) != self._seen or seen_as(moves) != self._moving_as:
             return False

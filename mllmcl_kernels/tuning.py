@@ -32,6 +32,7 @@ __all__ = [
     "current_device",
     "describe",
     "forget",
+    "is_capturing",
     "pick_tile",
     "read_table",
     "table_path",
@@ -161,7 +162,8 @@ def bucket(tokens: int) -> int:
     return 1 << max(tokens - 1, 0).bit_length()
 
 
-def _is_capturing(device: torch.device) -> bool:
+def is_capturing(device: torch.device) -> bool:
+    """Whether what is launched now goes into a CUDA graph."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
@@ -190,12 +192,12 @@ def pick_tile(key: tuple, candidates: Sequence[Tile], device: torch.device, run:
         return candidates[0]
     place = (*key, device)
     session = _session
-    if session is not None and _text(key) not in session.winners.get(device, {}) and not _is_capturing(device):
+    if session is not None and _text(key) not in session.winners.get(device, {}) and not is_capturing(device):
         best = min(candidates, key=lambda tile: session.timer(lambda: run(tile)))
         session.winners.setdefault(device, {})[_text(key)] = astuple(best)
         _picked[place] = best
     if place not in _picked:
-        if device not in _tables and _is_capturing(device):
+        if device not in _tables and is_capturing(device):
             return candidates[0]
         known = _table_of(device).get(_text(key))
         # what another version of the kernel had as a candidate is no choice here
@@ -253,7 +255,7 @@ def tune(run: Callable[[], object], *, timer: Timer | None = None) -> Winners:
         (path is None, "MLLMCL_TUNING=0 is set, or there is neither a home folder nor MLLMCL_TUNING_FOLDER"),
         (torch.are_deterministic_algorithms_enabled(), "deterministic algorithms keep to the default tiles"),
         (timer is None and device.type == "cpu", "torch sees no CUDA device"),
-        (_is_capturing(device), "a CUDA graph is being captured"),
+        (is_capturing(device), "a CUDA graph is being captured"),
     ):
         if is_so:
             raise RuntimeError(f"tune: cannot time anything, since {reason}")

@@ -171,5 +171,5 @@ def test_a_captured_graph_makes_its_own_tables(kernels, monkeypatch):
     found, masks = lists()
     prepared = kernels["masked_adamw"]._Prepared(*found, *masks, *NUMBERS, *OPTIONS)
     assert prepared([found[1]], 1.0, 0.1, 0.5, *OPTIONS)
-    monkeypatch.setattr(device_tables, "_is_capturing", lambda device: True)
+    monkeypatch.setattr(device_tables, "is_capturing", lambda device: True)
     assert not prepared([found[1]], 2.0, 0.1, 0.5, *OPTIONS)

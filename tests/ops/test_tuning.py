@@ -159,18 +159,18 @@ def test_while_a_graph_is_captured_no_file_is_read_and_nothing_is_timed(folder, 
     read_table = tuning.read_table
     monkeypatch.setattr(tuning, "read_table", lambda path: (reads.append(path), read_table(path))[1])
     with monkeypatch.context() as capture:
-        capture.setattr(tuning, "_is_capturing", lambda device: True)
+        capture.setattr(tuning, "is_capturing", lambda device: True)
         assert pick() == TILES[0] and not reads
         with pytest.raises(RuntimeError, match="a CUDA graph is being captured"):
             tune_to(TILES[1], KEY)
     assert pick() == TILES[2] and len(reads) == 1
-    monkeypatch.setattr(tuning, "_is_capturing", lambda device: True)
+    monkeypatch.setattr(tuning, "is_capturing", lambda device: True)
     assert pick(other) == TILES[2] and len(reads) == 1
 
 
 def test_a_capture_within_tune_is_not_timed(folder, monkeypatch):
     def run():
-        monkeypatch.setattr(tuning, "_is_capturing", lambda device: True)
+        monkeypatch.setattr(tuning, "is_capturing", lambda device: True)
         assert pick() == TILES[0]
 
     assert tune(run, timer=lambda run: pytest.fail("timed")) == {}
