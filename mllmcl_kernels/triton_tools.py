@@ -58,6 +58,7 @@ __all__ = [
     "rank_product",
     "rank_tables",
     "rows_and_columns",
+    "splits",
     "start",
     "store_plane",
     "sum_planes",
@@ -289,6 +290,17 @@ def compute_capability(device: torch.device) -> int:
 def num_processors(device: torch.device) -> int:
     """Streaming multiprocessors of the device; an H100's where there is none to ask."""
     return _processors_of(device) if device.type == "cuda" else 132
+
+
+def splits(programs: int, width: int, device: torch.device, least: int = 256) -> int:
+    """Parts of a contraction over `width`, a power of two, where so many programs leave processors idle.
+
+    A part covers `least` columns or more.
+    """
+    split = 1
+    while 2 * split * programs <= num_processors(device) and width // (2 * split) >= least:
+        split *= 2
+    return split
 
 
 # -- arguments --------------------------------------------------------------------------------------------------------

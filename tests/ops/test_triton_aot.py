@@ -6,6 +6,7 @@ what would be launched, with the same tiles, dtypes and divisibilities.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
@@ -151,21 +152,20 @@ def shared_calls(dtype: torch.dtype, tokens: int, rank: int, experts: int, width
 
 
 def few_calls(dtype: torch.dtype, tokens: int, rank: int, experts: int, width: int = 4096) -> None:
-    """A forward of few tokens in two launches, with every tile it may take."""
+    """A forward of few tokens in two launches and in one, with every tile it may take."""
     x, weight, total = empty(tokens, width, dtype=dtype), empty(width, width, dtype=dtype), rank * experts
     lora_a, b_rows = empty(total, width, dtype=dtype), empty(total, width, dtype=dtype)
-    experts_of = ([rank] * experts, [1.0] * experts, [True] * experts, 0.0)
+    experts_of = ([rank] * experts, [1.0] * experts, [True] * experts)
+    soft, ids = empty(tokens, experts, dtype=torch.float32), empty(tokens, dtype=torch.int64)
+    seed, columns, rows = empty(1, dtype=torch.int64), b_rows.t(), b_rows.view(width, total)
     tiles = triton_few.FEW_TILES[16 if tokens <= 16 else 64]
-    for place in range(len(tiles)):
+    for place, number in itertools.product(range(len(tiles)), (2, 1)):
         with (
-            mock.patch.object(lora_mix, "launch_counts", lambda *_: (triton_few.Launches(2),)),
+            mock.patch.object(lora_mix, "launch_counts", lambda *_, number=number: (triton_few.Launches(number),)),
             mock.patch.object(triton_few, "pick_tile", lambda key, found, *_, place=place: found[place]),
         ):
-            soft, ids = empty(tokens, experts, dtype=torch.float32), empty(tokens, dtype=torch.int64)
-            for gates, lora_b in ((soft, b_rows.t()), (ids, b_rows.view(width, total)), (None, b_rows.t()))[
-                : 3 - place
-            ]:
-                lora_mix.lora_mix_triton(x, weight, x[0], lora_a, lora_b, gates, None, *experts_of)
+            for gates, lora_b, dropout in ((soft, columns, 0.0), (ids, rows, 0.1), (None, columns, 0.0))[: 3 - place]:
+                lora_mix.lora_mix_triton(x, weight, x[0], lora_a, lora_b, gates, seed, *experts_of, dropout)
 
 
 def grouped_mix_calls(dtype: torch.dtype, rank: int, experts: int, dropout: float, width: int = 4096) -> None:
@@ -316,7 +316,10 @@ def resources(cubin: bytes, folder: Path) -> dict[str, int]:
     return {name: int(re.search(rf"\b{name}:(\d+)", text)[1]) for name in ("REG", "STACK", "LOCAL")}
 
 
-@pytest.mark.parametrize(("launch", "dtype", "architecture"), list(cells()))
+CELLS = list(cells())
+
+
+@pytest.mark.parametrize(("launch", "dtype", "architecture"), CELLS)
 def test_compiles_without_spills(launch: Launch, dtype, architecture: int, tmp_path: Path, record_property):
     """No register spills, shared memory within the limit, and matrix instructions where halves are multiplied."""
     compiled = launch.compile(architecture)
@@ -342,6 +345,29 @@ def test_compiles_without_spills(launch: Launch, dtype, architecture: int, tmp_p
         rows = dict(launch.constants)["BLOCK_R" if "_da_" in launch.kernel.__name__ else "BLOCK_T"]
         wide = rows >= 64 and architecture >= 90
         assert matrix["wgmma" if wide else "mma.sync"], (matrix, rows)
+
+
+@pytest.mark.parametrize(
+    ("launch", "dtype", "architecture"), [cell for cell in CELLS if "few_tokens_at_once" in cell.id]
+)
+def test_who_waits_sees_what_was_written(launch: Launch, dtype, architecture: int):
+    """One thread releases behind a barrier and acquires before one; nobody reads planes from a cache of its own."""
+    asm = launch.compile(architecture).asm
+    steps = re.findall(
+        r"(?<=tt\.atomic_rmw add, )\w+|scf\.while|(?<=\.)barrier(?= )|(?<=cacheModifier = )\w+", asm["ttgir"]
+    )
+    parts, tiles = ["barrier", "release"], ["scf.while", "acquire", "barrier", "cg"]
+    assert steps == ["relaxed", *parts, *tiles, "relaxed"]
+    # a block's instructions stay together
+    kinds = r"bar\.sync|bra|(?:ld|st|atom|red|cp)\.[\w.:]+"
+    code = re.findall(rf"^\s*(?:@%p\d+ )?({kinds})\s", asm["ptx"], re.MULTILINE)
+    release = code.index("atom.global.gpu.release.add.u32")
+    assert code[release - 1] == "bar.sync" and code[release - 2].startswith("st.global")
+    acquire = code.index("ld.global.gpu.acquire.b32")
+    told = ["st.shared.b32", "bar.sync", "ld.shared.b32", "bra", "bar.sync"]
+    assert code[acquire + 1 : acquire + 6] == told
+    assert code.count("atom.global.gpu.relaxed.add.u32") == 2
+    assert any(name.startswith("ld.global.cg") for name in code) and not any(".nc" in name for name in code)
 
 
 def test_every_kernel_is_compiled():

@@ -606,7 +606,7 @@ def test_a_compiled_layer_finds_x_in_place():
 
 
 @inside
-@pytest.mark.parametrize("name", ["dual source", "few tokens"])
+@pytest.mark.parametrize("name", ["_dual_product_kernel", "_few_tokens_kernel", "_few_tokens_at_once_kernel"])
 def test_rows_that_lie_apart_are_read_where_they_are(name: str):
     """x, W and B as columns of wider tensors, NaN beside them: no copy is made, nothing of it is read."""
     from mllmcl_kernels import triton_expand, triton_tools
@@ -619,12 +619,18 @@ def test_rows_that_lie_apart_are_read_where_they_are(name: str):
     start = triton_tools.start
 
     def noting(kernel, grid, args, *constants):
-        if kernel.fn.__name__ in ("_dual_product_kernel", "_few_tokens_kernel"):
+        if kernel.fn.__name__ == name:
             seen.update(arg.data_ptr() for arg in args if isinstance(arg, torch.Tensor))
         start(kernel, grid, args, *constants)
 
-    dual = mock.patch.object(triton_expand, "candidates", lambda *_: (triton_expand.Way(triton_expand.DUAL),))
-    with dual if name == "dual source" else in_two_launches(), mock.patch.object(triton_tools, "start", noting):
+    ways = {
+        "_dual_product_kernel": mock.patch.object(
+            triton_expand, "candidates", lambda *_: (triton_expand.Way(triton_expand.DUAL),)
+        ),
+        "_few_tokens_kernel": in_launches(2),
+        "_few_tokens_at_once_kernel": in_launches(1),
+    }
+    with ways[name], mock.patch.object(triton_tools, "start", noting):
         y, s = op(*given, *rest, backend="triton")
     assert {given[place].data_ptr() for place in (0, 1, 4)} <= seen
     for ours, truth in zip((y, s), op(x, weight, bias, a, b, *rest, backend="reference"), strict=True):
@@ -634,10 +640,14 @@ def test_rows_that_lie_apart_are_read_where_they_are(name: str):
 # -- few tokens -------------------------------------------------------------------------------------------------------
 
 
+KERNELS_OF = {1: ["_few_tokens_at_once_kernel"], 2: ["_lora_mix_shrink_kernel", "_few_tokens_kernel"]}
+in_one_or_two = pytest.mark.parametrize("launches", list(KERNELS_OF))
+
+
 @contextlib.contextmanager
-def in_two_launches() -> Iterator[list[str]]:
-    """Every forward runs the kernels for few tokens; collects the kernels' names."""
-    from mllmcl_kernels import triton_few, triton_tools
+def in_launches(number: int) -> Iterator[list[str]]:
+    """Every forward runs the kernels for few tokens, so many of them; collects the kernels' names."""
+    from mllmcl_kernels import counters, triton_few, triton_tools
     from mllmcl_kernels.ops.lora_mix import triton as mix
 
     names = []
@@ -646,9 +656,10 @@ def in_two_launches() -> Iterator[list[str]]:
     def noting(kernel, *call):
         names.append(kernel.fn.__name__)
         start(kernel, *call)
+        assert not any(counts.any() for counts in counters._of_streams.values()), "counters are left as they were"
 
     with (
-        mock.patch.object(mix, "launch_counts", lambda *_: (triton_few.Launches(2),)),
+        mock.patch.object(mix, "launch_counts", lambda *_: (triton_few.Launches(number),)),
         mock.patch.object(triton_tools, "start", noting),
     ):
         yield names
@@ -666,44 +677,68 @@ FEW_GATES = {
 @pytest.mark.parametrize("gates", list(FEW_GATES))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("tokens", [0, 1, 5, 70])
-def test_few_tokens_in_two_launches(tokens: int, dtype, gates: str):
+@in_one_or_two
+def test_few_tokens_in_few_launches(launches: int, tokens: int, dtype, gates: str):
     """y and s, B by rows and by columns, with one plane of s and with several, ranks over one block."""
     dropout = 0.3 if tokens == 5 and gates == "soft" else 0.0
     for width, ranks in ((2100, [5, 0, 9]), (72, [40, 16, 50])):
         x, weight, bias, a, b, *rest = layer_args(tokens, width, 70, ranks, FEW_GATES[gates](tokens), dtype, dropout)
         wide = torch.cat((x, x), 1)
         for args in ((x, weight, bias, a, b, *rest), (wide[:, :width], weight, None, a, b.t().contiguous().t(), *rest)):
-            with in_two_launches() as names:
+            with in_launches(launches) as names:
                 check(REGISTRY["lora_mix"], args)
-            assert names == ["_lora_mix_shrink_kernel", "_few_tokens_kernel"][: 2 * tokens]
+            assert names == (KERNELS_OF[launches] if tokens else [])
 
 
 @inside
-def test_every_address_of_few_tokens_lies_in_a_tensor():
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("ranks", [[5, 0, 9], [40, 16, 50]])
+@pytest.mark.parametrize("tokens", [1, 5, 40, 70])
+def test_one_launch_gives_the_bits_of_two(tokens: int, ranks: list[int], dropout: float):
+    """Where both cut the contraction alike: for the same planes, the same sums in the same order."""
+    from mllmcl_kernels import triton_few
+    from mllmcl_kernels.ops.lora_mix import triton as mix
+
+    args = layer_args(tokens, 2100, 70, ranks, FEW_GATES["soft"](tokens), torch.float16, dropout)
+    tile, found = triton_few.FEW_TILES[16 if tokens <= 16 else 64][0], []
+
+    def pick(key, choices, *_):
+        return tile if key[0] == "lora_mix_planes" else choices[0]
+
+    for launches in (1, 2):
+        with mock.patch.object(mix, "pick_tile", pick), in_launches(launches), poisoned_empty():
+            found.append(REGISTRY["lora_mix"](*args, backend="triton"))
+    assert all(map(torch.equal, *found))
+
+
+@inside
+@in_one_or_two
+def test_every_address_of_few_tokens_lies_in_a_tensor(launches: int):
     args = layer_args(5, 72, 70, [5, 0, 9], torch.tensor([1 << 40, 2, -1, 0, -(1 << 40)]))
-    with in_two_launches() as names, watched_addresses(args) as strays:
+    with in_launches(launches) as names, watched_addresses(args) as strays:
         REGISTRY["lora_mix"](*args, backend="triton")
-    assert len(names) == 2 and not strays
+    assert len(names) == launches and not strays
 
 
 @inside
-def test_an_id_out_of_range_of_few_tokens_raises_the_flag(monkeypatch):
+@in_one_or_two
+def test_an_id_out_of_range_of_few_tokens_raises_the_flag(launches: int, monkeypatch):
     from mllmcl_kernels import faults
 
     args = layer_args(5, 72, 70, [5, 0, 9], torch.tensor([0, 3, -1, 0, 2]))
     monkeypatch.setattr(faults, "_watches", {})
-    with in_two_launches():
+    with in_launches(launches):
         REGISTRY["lora_mix"](*args, backend="triton")
     with pytest.raises(ValueError, match=r"lora_mix: gates must be ids in -1\.\.2; .* position 1 was not"):
         faults.raise_faults()
 
 
 @inside
-def test_when_few_tokens_take_two_launches():
+def test_when_few_tokens_take_few_launches():
     """Never before they were found to be quicker."""
     from mllmcl_kernels.triton_few import launch_counts
 
-    assert [way.number for way in launch_counts(64, torch.bfloat16)] == [4, 2]
+    assert [way.number for way in launch_counts(64, torch.bfloat16)] == [4, 2, 1]
     assert [way.number for way in launch_counts(65, torch.bfloat16)] == [4]
     assert [way.number for way in launch_counts(1, torch.float32)] == [4]
 
@@ -1091,13 +1126,14 @@ def test_kernels_run_with_the_tiles_that_tune_found(monkeypatch, tmp_path):
     grads, by_default = traced()
     winners = tune(lambda: step("triton"), timer=lambda run: (run(), next(ticks))[1])
     kernels = {key.split()[0] for key in winners}
-    assert {"lora_mix_shrink", "lora_mix_launches", "few_tokens_product", "lora_mix_routed_shrink"} <= kernels
+    assert {"lora_mix_shrink", "lora_mix_launches", "few_tokens_product", "few_tokens_at_once"} <= kernels
+    assert "lora_mix_routed_shrink" in kernels
     tuned_grads, by_winners = traced()
     assert by_winners != by_default
-    # by this clock the last candidate is the quickest: two launches for few tokens, torch's product in the backward,
+    # by this clock the last candidate is the quickest: one launch for few tokens, torch's product in the backward,
     # router and ranks one after the other
     names = {name for name, *_ in by_winners}
-    assert {"_few_tokens_kernel", "_lora_mix_bwd_gate_kernel", "_route_fwd_kernel"} <= names
+    assert {"_few_tokens_at_once_kernel", "_lora_mix_bwd_gate_kernel", "_route_fwd_kernel"} <= names
     assert not names & {"_lora_mix_gate_kernel", "_lora_mix_bwd_rank_kernel", "_lora_mix_routed_shrink_kernel"}
     tuning.forget()
     assert traced()[1] == by_winners

@@ -20,7 +20,7 @@ from torch import Tensor
 from ...dropout import threshold
 from ...layouts import by_columns
 from ...triton_expand import add_product, mixed_rows
-from ...triton_few import Launches, few_tokens_product, launch_counts
+from ...triton_few import Launches, few_tokens_at_once, few_tokens_product, launch_counts
 from ...triton_grouped import (
     Choice,
     Grouping,
@@ -49,6 +49,7 @@ from ...triton_tools import (
     power_of_two,
     rank_product,
     rows_and_columns,
+    splits,
     store_plane,
     sum_planes,
 )
@@ -84,8 +85,6 @@ class LoraMixTiles:
     dropped_da_float32: Tile
     #: m tokens, n ranks
     gate: Tile
-    #: columns that a split of the contraction covers at least
-    least_split: int = 256
 
 
 TILES = LoraMixTiles(
@@ -311,14 +310,6 @@ def _lora_mix_bwd_da_kernel(
 TORCH = Tile(0, 0, 0, 0, 0)
 
 
-def _split(programs: int, width: int, like: Tensor) -> int:
-    """Parts of a contraction over `width`, a power of two, where so many programs leave processors idle."""
-    split = 1
-    while 2 * split * programs <= num_processors(like.device) and width // (2 * split) >= TILES.least_split:
-        split *= 2
-    return split
-
-
 def _rank_launch(
     name: str, tokens: int, width: int, rank: int, like: Tensor, run, dropout: float = 0.0, only_ours: bool = False
 ) -> None:
@@ -328,7 +319,7 @@ def _rank_launch(
         if tile == TORCH:
             return run(tile, 0, 0)
         n = min(tile.n, power_of_two(rank))
-        return run(tile, n, _split(ceil_div(tokens, tile.m) * ceil_div(rank, n), width, like))
+        return run(tile, n, splits(ceil_div(tokens, tile.m) * ceil_div(rank, n), width, like.device))
 
     key = (name, bucket(tokens), width, rank, dropout > 0.0, like.dtype)
     choices = TILES.rank.candidates(tokens, like.dtype)
@@ -422,6 +413,8 @@ def mix(
     def by_launches(launches: Launches) -> tuple[Tensor, Tensor]:
         if launches.number > 2:
             return run(pick_grouping("lora_mix", x, lora_b, ranks, choice, run))
+        if launches.number == 1:
+            return few_tokens_at_once(x, weight, bias, lora_a, lora_b, seed, dropout, by)
         planes = shrink_planes(x, lora_a, seed, dropout)
         return few_tokens_product(x, weight, bias, planes, lora_b, by)
 
