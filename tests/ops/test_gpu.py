@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from mllmcl_kernels import (
     Mask,
     MaskedAdamW,
+    counters,
     faults,
     lora_mix,
     lora_mix_routed,
@@ -162,6 +163,82 @@ def test_a_graph_of_a_router_replays_with_other_tokens(top_k: int | None):
     assert not torch.equal(found[1], before[1])
     for place, (ours, eager) in enumerate(zip(found, run(), strict=True)):
         assert same(ours, eager), place
+
+
+@contextlib.contextmanager
+def in_one_launch():
+    """Every forward of the Triton provider is the one kernel for few tokens."""
+    from mllmcl_kernels.ops.lora_mix import triton as mix
+    from mllmcl_kernels.triton_few import Launches
+
+    with mock.patch.object(mix, "launch_counts", lambda *_: (Launches(1),)), torch.no_grad():
+        yield
+
+
+def all_counters_are_zero() -> bool:
+    torch.cuda.synchronize()
+    found = [*counters._of_streams.values(), *counters._kept_for_replays]
+    return bool(found) and not any(bool(counts.any()) for counts in found)
+
+
+@needs_triton
+@pytest.mark.parametrize("spare", [0, counters.SPARE])
+@pytest.mark.parametrize("kind", GATES)
+@pytest.mark.parametrize("tokens", [1, 33, 64])
+def test_a_graph_of_one_launch_replays_with_other_gates(tokens: int, kind: str, spare: int, monkeypatch):
+    """The bits of the eager launch, with counters zeroed before the capture and with some that the graph zeroes."""
+    monkeypatch.setattr(counters, "SPARE", spare)
+    monkeypatch.setattr(counters, "_spare", {})
+    torch.manual_seed(0)
+    given, gates = layer(tokens, 1024, 768), GATES[kind][0](tokens).to(DEVICE)
+    with in_one_launch():
+        graph, found = captured(lambda: mixed(given, gates, "triton"))
+        for seed, make in enumerate([*GATES[kind], GATES[kind][0]]):
+            gates.copy_(make(tokens))
+            given["x"].data.copy_(layer(tokens, 1024, 768, seed=seed + 1)["x"].data)
+            graph.replay()
+            assert torch.equal(found, mixed(given, gates, "triton")), seed
+            assert all_counters_are_zero(), seed
+        wide = {key: value.double() for key, value in given.items()}
+        off = excess(found, mixed(given, gates, "reference"), mixed(wide, gates, "reference"))
+        assert off.passes, off
+
+
+@needs_triton
+def test_one_launch_with_more_programs_than_run_at_a_time():
+    given, gates = layer(3, 1024, 100_000), torch.rand(3, E, device=DEVICE)
+    with in_one_launch():
+        found = mixed(given, gates, "triton")
+        assert all_counters_are_zero()
+        wide = {key: value.double() for key, value in given.items()}
+        off = excess(found, mixed(given, gates, "reference"), mixed(wide, gates, "reference"))
+        assert off.passes, off
+
+
+@needs_triton
+def test_one_launch_on_several_streams_at_once():
+    """Two streams of eager launches and one that replays a graph, all queued before any of them begins."""
+    given, gates = [layer(16, 2048, 2048, seed=seed) for seed in range(3)], torch.rand(16, E, device=DEVICE)
+    with in_one_launch():
+        expected = [mixed(one, gates, "triton") for one in given]
+        graph, replayed = captured(lambda: mixed(given[2], gates, "triton"))
+
+        def replay():
+            graph.replay()
+            return replayed
+
+        runs = [*(lambda one=one: mixed(one, gates, "triton") for one in given[:2]), replay]
+        streams, wrong = [torch.cuda.Stream() for _ in runs], torch.zeros(len(runs), dtype=torch.int64, device=DEVICE)
+        torch.cuda.synchronize()
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                torch.cuda._sleep(100_000_000)
+        for _ in range(20):
+            for place, (stream, run) in enumerate(zip(streams, runs, strict=True)):
+                with torch.cuda.stream(stream):
+                    wrong[place] += (run() != expected[place]).any()
+        assert all_counters_are_zero()
+    assert not wrong.any()
 
 
 def shared_outcome(given: list[dict], routed: bool, backend=None) -> list[torch.Tensor]:
