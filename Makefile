@@ -4,6 +4,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 RUNS   := runs/demo
 QUICK  ?=
+# processes that share the tests, each with whole files; 0 runs them all in one
+JOBS   ?= 2
 ifneq ($(QUICK),)
 QUICK_OPTIONS := --train.max_steps 8 --stream.options '{num_train: 288, num_test: 32}'
 endif
@@ -29,7 +31,7 @@ demo: env
 	$(BIN)/mllmcl report $(RUNS)$(QUICK)/lora $(RUNS)$(QUICK)/mr_lora
 
 test: env
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 lint: env
 	$(BIN)/ruff check .

@@ -6,7 +6,9 @@ import pytest
 import torch
 from hypothesis import settings
 
-torch.set_num_threads(int(os.environ.get("MLLMCL_TEST_THREADS", "2")))
+# processes that share the tests share two cores
+JOBS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+torch.set_num_threads(int(os.environ.get("MLLMCL_TEST_THREADS", max(1, 2 // JOBS))))
 settings.register_profile("default", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("default")
 

@@ -29,7 +29,9 @@ def stream():
     return make_stream()
 
 
-@pytest.mark.parametrize(("name", "options", "task", "weigh", "trains", "copied"), CASES, ids=lambda v: str(v)[:24])
+@pytest.mark.parametrize(
+    ("name", "options", "task", "weigh", "trains", "copied"), CASES, ids=[f"{case[0]}-{case[2]}" for case in CASES]
+)
 def test_one_step_is_the_papers(name, options, task, weigh, trains, copied, stream):
     mllm, method = prepared(name, options, stream, task)
     plain = copy.deepcopy(mllm)
