@@ -27,6 +27,7 @@ __all__ = [
     "laid_masks",
     "lie_alike",
     "lies",
+    "mask_bytes",
     "seen",
     "seen_as",
     "slices",
@@ -59,6 +60,11 @@ def by_columns(matrix: Tensor) -> bool:
 def dense_rows(matrix: Tensor) -> Tensor:
     """The matrix, or a copy where neighbours in a row are not neighbours in memory; its rows may lie apart."""
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def mask_bytes(mask: Tensor | None) -> Tensor | None:
+    """A bool mask as bytes without gaps, None where there is none."""
+    return None if mask is None else mask.contiguous().view(torch.uint8)
 
 
 def _strides(tensors: Sequence[Tensor]) -> list[tuple[int, ...]]:

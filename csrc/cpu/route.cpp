@@ -1,11 +1,7 @@
-// Scores, choice and gates of a router, and their gradient, on [T, E] float32.
+// Scores, choice and gates of routers side by side with the planes of their tables, and the gradient of their logits, on
+// [T, L * E] float32: a row for each token and router.
 
-#include <algorithm>
-#include <cmath>
-#include <limits>
-
-#include "../checks.h"
-#include "rows.h"
+#include "planes.h"
 
 namespace mllmcl {
 namespace {
@@ -13,11 +9,6 @@ namespace {
 constexpr int64_t kSoftmax = 0;
 constexpr int64_t kSigmoid = 1;
 constexpr int64_t kFew = 16;  // experts up to which a choice one by one is as fast
-
-const float* floats(const Tensor& t, int64_t count, const char* what) {
-  need(t.is_contiguous() && t.scalar_type() == Dtype::Float && t.numel() == count, what);
-  return static_cast<const float*>(t.const_data_ptr());
-}
 
 struct Row {
   int64_t experts, top_k, score;
@@ -40,8 +31,9 @@ MLLMCL_CLONES void scale_row(float* x, float factor, int64_t count) {
   for (int64_t e = 0; e < count; ++e) x[e] *= factor;
 }
 
-// softmax or sigmoid over the allowed experts; true if the row has numbers. Logits that are not allowed become 0.
-bool scores(float* noisy, const uint8_t* allowed, const Row& rule, float* probs) {
+// softmax or sigmoid over the allowed experts; true if the row has numbers. Logits that are not allowed become 0; `lse`
+// becomes log sum e^x of a softmax, NaN where there is none.
+bool scores(float* noisy, const uint8_t* allowed, const Row& rule, float* probs, float* lse) {
   const int64_t count = rule.experts;
   float top;
   bool sound;
@@ -74,7 +66,12 @@ bool scores(float* noisy, const uint8_t* allowed, const Row& rule, float* probs)
   }
   for (int64_t e = 0; allowed != nullptr && e < count; ++e)
     if (!allowed[e]) probs[e] = 0.0f;
-  if (sound && rule.score == kSoftmax) scale_row(probs, 1.0f / sum(probs, count), count);
+  *lse = std::numeric_limits<float>::quiet_NaN();
+  if (sound && rule.score == kSoftmax) {
+    const float mass = sum(probs, count);
+    scale_row(probs, 1.0f / mass, count);
+    *lse = top + logarithm(mass);
+  }
   return sound;
 }
 
@@ -134,49 +131,88 @@ void fill_gates(const float* probs, bool sound, const Row& rule, const int32_t* 
   }
 }
 
-void router_gates(Tensor logits, std::optional<Tensor> noise, std::optional<Tensor> mask, int64_t top_k, int64_t score,
-                  bool renormalize, bool straight, Tensor gates, Tensor indices, Tensor values, Tensor probs) {
-  need(logits.dim() == 2, "logits must be [T, E]");
-  const int64_t tokens = logits.size(0), experts = logits.size(1);
+// What every row of a router reads beside the logits: noise and the experts it may choose, null where there is none.
+struct Given {
+  const float *logits, *noise;
+  const uint8_t* allowed;
+  int64_t apart;  // between the allowed experts of two tokens
+};
+
+// What a thread writes on.
+struct Room {
+  std::vector<float> noisy, best;
+  std::vector<int32_t> place;
+  explicit Room(const Row& rule)
+      : noisy(rule.experts + kLanes, -std::numeric_limits<float>::infinity()), best(rule.top_k),
+        place(rule.experts + kLanes) {}
+};
+
+// Row `r` of the tables, that of token `t`; `lse` as in `scores`.
+void route_row(const Given& from, int64_t r, int64_t t, const Row& rule, Room& room, float* gates, int32_t* indices,
+               float* values, float* probs, float* lse) {
+  const int64_t at = r * rule.experts;
+  const uint8_t* allowed = from.allowed == nullptr ? nullptr : from.allowed + t * from.apart;
+  float* noisy = room.noisy.data();
+  for (int64_t e = 0; e < rule.experts; ++e)
+    noisy[e] = from.logits[at + e] + (from.noise == nullptr ? 0.0f : from.noise[at + e]);
+  int32_t* index = indices + r * rule.top_k;
+  const bool sound = scores(noisy, allowed, rule, probs + at, lse);
+  if (sound && allowed == nullptr && rule.experts > kFew) choose_of_many(noisy, rule, room.place.data(), index);
+  else choose(noisy, allowed, sound, rule, room.best.data(), index);
+  fill_gates(probs + at, sound, rule, index, gates + at, values + r * rule.top_k);
+}
+
+MLLMCL_CLONES void fill_plane(const Tables& from, int64_t begin, int64_t end, const float* known, float* room,
+                              float* plane) {
+  sum_rows(from, begin, end, known, room, plane);
+}
+
+void router_gates(Tensor logits, std::optional<Tensor> noise, std::optional<Tensor> mask, std::optional<Tensor> counted,
+                  int64_t routers, int64_t top_k, int64_t score, bool renormalize, bool straight, Tensor gates,
+                  Tensor indices, Tensor values, Tensor probs, Tensor planes) {
+  need(logits.dim() == 2 && routers >= 1 && logits.size(1) % routers == 0, "logits must be [T, L * E]");
+  const int64_t tokens = logits.size(0), experts = logits.size(1) / routers, rows = tokens * routers;
+  const int64_t count = rows * experts, blocks = num_planes(tokens), width = plane_width(experts);
   const Row rule{experts, top_k, score, renormalize, straight};
   need(top_k >= 1 && top_k <= experts, "top_k must be in 1..E");
-  const float* from = floats(logits, tokens * experts, "logits must be contiguous float32");
-  const float* jitter = noise.has_value() ? floats(*noise, tokens * experts, "noise must be float32 [T, E]") : nullptr;
-  const uint8_t* may = nullptr;
-  int64_t stride = 0;
+  const float* jitter = numbers(noise, count, "noise must be float32 [T, L * E]");
+  Given from{numbers(logits, count, "logits must be contiguous float32"), jitter, nullptr, 0};
   if (mask.has_value()) {
     need(mask->is_contiguous() && mask->scalar_type() == Dtype::Byte, "mask must be contiguous uint8");
     need(mask->numel() == experts || mask->numel() == tokens * experts, "mask must be [1, E] or [T, E]");
-    may = static_cast<const uint8_t*>(mask->const_data_ptr());
-    stride = mask->size(0) == 1 ? 0 : experts;
+    from.allowed = static_cast<const uint8_t*>(mask->const_data_ptr());
+    from.apart = mask->size(0) == 1 ? 0 : experts;
   }
-  floats(gates, tokens * experts, "gates must be float32 [T, E]");
-  floats(probs, tokens * experts, "probs must be float32 [T, E]");
-  floats(values, tokens * top_k, "values must be float32 [T, k]");
-  need(indices.is_contiguous() && indices.scalar_type() == Dtype::Int && indices.numel() == tokens * top_k,
-       "indices must be int32 [T, k]");
-  auto* to_gates = static_cast<float*>(gates.mutable_data_ptr());
-  auto* to_probs = static_cast<float*>(probs.mutable_data_ptr());
-  auto* to_values = static_cast<float*>(values.mutable_data_ptr());
+  float* to_gates = floats(gates, count, "gates must be float32 [T, L * E]");
+  float* to_probs = floats(probs, count, "probs must be float32 [T, L * E]");
+  float* to_values = floats(values, rows * top_k, "values must be float32 [T, L * k]");
+  float* to_planes = floats(planes, blocks * routers * width, "planes must be float32 [P, L * (3 E + 3)]");
+  need(indices.is_contiguous() && indices.scalar_type() == Dtype::Int && indices.numel() == rows * top_k,
+       "indices must be int32 [T, L * k]");
   auto* to_indices = static_cast<int32_t*>(indices.mutable_data_ptr());
-  torch::stable::parallel_for(0, tokens, grain(8 * experts), [&](int64_t begin, int64_t end) {
-    std::vector<float> noisy(experts + kLanes, -std::numeric_limits<float>::infinity()), best(top_k);
-    std::vector<int32_t> place(experts + kLanes);
-    for (int64_t t = begin; t < end; ++t) {
-      const float* row = from + t * experts;
-      const uint8_t* allowed = may == nullptr ? nullptr : may + t * stride;
-      for (int64_t e = 0; e < experts; ++e) noisy[e] = row[e] + (jitter == nullptr ? 0.0f : jitter[t * experts + e]);
-      float* prob = to_probs + t * experts;
-      int32_t* index = to_indices + t * top_k;
-      const bool sound = scores(noisy.data(), allowed, rule, prob);
-      if (sound && allowed == nullptr && experts > kFew) choose_of_many(noisy.data(), rule, place.data(), index);
-      else choose(noisy.data(), allowed, sound, rule, best.data(), index);
-      fill_gates(prob, sound, rule, index, to_gates + t * experts, to_values + t * top_k);
+  const uint8_t* counts = mask_of(counted, tokens);
+  // a softmax over all logits without noise has their log sum e^x already
+  const bool is_known = jitter == nullptr && from.allowed == nullptr && score == kSoftmax;
+  const int64_t least = std::max<int64_t>(1, grain(8 * experts) / (kPlaneRows * routers));
+  torch::stable::parallel_for(0, blocks, least, [&](int64_t begin, int64_t end) {
+    Room room(rule);
+    std::vector<float> logs(experts);
+    float lse[kPlaneRows];
+    for (int64_t p = begin; p < end; ++p) {
+      const int64_t first = p * kPlaneRows, last = std::min(tokens, first + kPlaneRows);
+      for (int64_t l = 0; l < routers; ++l) {
+        for (int64_t t = first; t < last; ++t)
+          route_row(from, t * routers + l, t, rule, room, to_gates, to_indices, to_values, to_probs, lse + t - first);
+        const auto side = [&](const float* table) { return Rows<float>{table + l * experts, routers * experts}; };
+        const Tables tables{side(from.logits), side(to_probs), side(to_gates),
+                            {to_indices + l * top_k, routers * top_k}, counts, tokens, experts, top_k};
+        fill_plane(tables, first, last, is_known ? lse : nullptr, logs.data(), to_planes + (p * routers + l) * width);
+      }
     }
   });
 }
 
-MLLMCL_CLONES void through_scores(const float* d, const float* p, const float* from_logits, int64_t experts,
+MLLMCL_INLINE void through_scores(const float* d, const float* p, const float* from_logits, int64_t experts,
                                   int64_t score, float scale, float* out) {
   if (score == kSigmoid) {
     for (int64_t e = 0; e < experts; ++e) out[e] = (p[e] * (1.0f - p[e]) * d[e] + from_logits[e]) * scale;
@@ -190,50 +226,97 @@ MLLMCL_CLONES void through_scores(const float* d, const float* p, const float* f
   for (int64_t e = 0; e < experts; ++e) out[e] = (p[e] * (d[e] - mean) + from_logits[e]) * scale;
 }
 
-// Gradient of the logits; the formula is in ops/route/README.md.
-void router_backward(Tensor d_gates, Tensor d_values, Tensor d_logits, Tensor d_probs, Tensor gates, Tensor indices,
-                     Tensor probs, int64_t score, bool renormalize, bool straight, double inverse_temperature,
-                     Tensor d_scores) {
-  need(gates.dim() == 2 && indices.dim() == 2, "gates must be [T, E], indices [T, k]");
-  const int64_t tokens = gates.size(0), experts = gates.size(1), top_k = indices.size(1);
-  const int64_t count = tokens * experts;
-  const float* g = floats(gates, count, "gates must be float32 [T, E]");
-  const float* p = floats(probs, count, "probs must be float32 [T, E]");
-  const float* from_gates = floats(d_gates, count, "d_gates must be float32 [T, E]");
-  const float* from_logits = floats(d_logits, count, "d_logits must be float32 [T, E]");
-  const float* from_probs = floats(d_probs, count, "d_probs must be float32 [T, E]");
-  const float* from_values = floats(d_values, tokens * top_k, "d_values must be float32 [T, k]");
-  floats(d_scores, count, "d_scores must be float32 [T, E]");
-  need(indices.is_contiguous() && indices.scalar_type() == Dtype::Int, "indices must be contiguous int32");
-  const auto* index = static_cast<const int32_t*>(indices.const_data_ptr());
-  for (int64_t i = 0; i < tokens * top_k; ++i) need(index[i] >= -1 && index[i] < experts, "an index is out of range");
-  auto* out = static_cast<float*>(d_scores.mutable_data_ptr());
-  const float scale = static_cast<float>(inverse_temperature);
-  torch::stable::parallel_for(0, tokens, grain(8 * experts), [&](int64_t begin, int64_t end) {
-    std::vector<float> d(experts);
-    for (int64_t t = begin; t < end; ++t) {
-      const int64_t at = t * experts;
-      const int32_t* chosen = index + t * top_k;
-      const float* from_value = from_values + t * top_k;
-      std::copy(from_probs + at, from_probs + at + experts, d.begin());
-      if (straight) {
-        for (int64_t e = 0; e < experts; ++e) d[e] += from_gates[at + e];
-        for (int64_t slot = 0; slot < top_k; ++slot)
-          if (chosen[slot] >= 0) d[chosen[slot]] += from_value[slot];
-      } else {
-        float kept = 0.0f, along = 0.0f;
-        for (int64_t slot = 0; slot < top_k && chosen[slot] >= 0; ++slot) {
-          const int64_t e = at + chosen[slot];
-          kept += p[e];
-          along += (from_gates[e] + from_value[slot]) * g[e];
-        }
-        for (int64_t slot = 0; slot < top_k && chosen[slot] >= 0; ++slot) {
-          const float h = from_gates[at + chosen[slot]] + from_value[slot];
-          d[chosen[slot]] += renormalize ? (h - along) / kept : h;
-        }
-      }
-      through_scores(d.data(), p + at, from_logits + at, experts, score, scale, out + at);
+// Adds to the gradient `d` of the probabilities what reaches them through the gates, whose gradient is `h`.
+MLLMCL_INLINE void through_gates(const float* h, const float* from_values, const float* p, const float* g,
+                                 const int32_t* chosen, const Row& rule, float* d) {
+  const auto value = [&](int64_t slot) { return from_values == nullptr ? 0.0f : from_values[slot]; };
+  if (rule.straight) {
+    add_row(h, rule.experts, d);
+    for (int64_t slot = 0; slot < rule.top_k; ++slot)
+      if (chosen[slot] >= 0) d[chosen[slot]] += value(slot);
+    return;
+  }
+  float kept = 0.0f, along = 0.0f;
+  for (int64_t slot = 0; slot < rule.top_k && chosen[slot] >= 0; ++slot) {
+    const int64_t e = chosen[slot];
+    kept += p[e];
+    along += (h[e] + value(slot)) * g[e];
+  }
+  for (int64_t slot = 0; slot < rule.top_k && chosen[slot] >= 0; ++slot) {
+    const float through = h[chosen[slot]] + value(slot);
+    d[chosen[slot]] += rule.renormalize ? (through - along) / kept : through;
+  }
+}
+
+// What rows are given for their gradient: null where none came.
+struct Slopes {
+  const float *gates, *values, *logits, *probs;
+  Rows<float> planes;
+};
+
+// What rows keep from their forward pass.
+struct Kept {
+  const float *gates, *logits, *probs;
+  const int32_t* indices;
+  const uint8_t* counted;
+};
+
+// A row [count], or zeros.
+MLLMCL_INLINE void copy_row(const float* from, int64_t at, int64_t count, float* to) {
+  if (from == nullptr) std::fill(to, to + count, 0.0f);
+  else std::copy(from + at, from + at + count, to);
+}
+
+// Gradient of rows begin..end; `room` is [4, E].
+MLLMCL_CLONES void backward_rows(const Slopes& from, const Kept& kept, const Row& rule, int64_t routers, int64_t begin,
+                                 int64_t end, float scale, float* room, float* out) {
+  const int64_t experts = rule.experts;
+  float *h = room, *d = h + experts, *x = d + experts, *logs = x + experts;
+  for (int64_t r = begin; r < end; ++r) {
+    const int64_t at = r * experts, t = r / routers;
+    const float* p = kept.probs + at;
+    copy_row(from.gates, at, experts, h);
+    copy_row(from.probs, at, experts, d);
+    copy_row(from.logits, at, experts, x);
+    if (from.planes.data != nullptr && (kept.counted == nullptr || kept.counted[t])) {
+      const float* d_plane = from.planes[t / kPlaneRows] + (r - t * routers) * plane_width(experts);
+      add_slopes(d_plane, kept.logits + at, p, experts, logs, h, d, x);
     }
+    const float* from_values = from.values == nullptr ? nullptr : from.values + r * rule.top_k;
+    through_gates(h, from_values, p, kept.gates + at, kept.indices + r * rule.top_k, rule, d);
+    through_scores(d, p, x, experts, rule.score, scale, out + at);
+  }
+}
+
+// Gradient of the logits; the formula is in ops/route/README.md.
+void router_backward(std::optional<Tensor> d_gates, std::optional<Tensor> d_values, std::optional<Tensor> d_logits,
+                     std::optional<Tensor> d_probs, std::optional<Tensor> d_planes, Tensor gates, Tensor indices,
+                     Tensor logits, Tensor probs, std::optional<Tensor> counted, int64_t routers, int64_t score,
+                     bool renormalize, bool straight, double inverse_temperature, Tensor d_scores) {
+  need(gates.dim() == 2 && indices.dim() == 2 && routers >= 1, "gates must be [T, L * E], indices [T, L * k]");
+  need(gates.size(1) % routers == 0 && indices.size(1) % routers == 0, "routers are of the same size");
+  const int64_t tokens = gates.size(0), experts = gates.size(1) / routers, top_k = indices.size(1) / routers;
+  const int64_t rows = tokens * routers, count = rows * experts;
+  const Row rule{experts, top_k, score, renormalize, straight};
+  Slopes from{numbers(d_gates, count, "d_gates must be float32 [T, L * E]"),
+              numbers(d_values, rows * top_k, "d_values must be float32 [T, L * k]"),
+              numbers(d_logits, count, "d_logits must be float32 [T, L * E]"),
+              numbers(d_probs, count, "d_probs must be float32 [T, L * E]"), {nullptr, 0}};
+  if (d_planes.has_value())
+    from.planes = rows_of<float>(*d_planes, Dtype::Float, num_planes(tokens), routers * plane_width(experts),
+                                 "d_planes must be float32 [P, L * (3 E + 3)]");
+  need(indices.is_contiguous() && indices.scalar_type() == Dtype::Int && indices.size(0) == tokens,
+       "indices must be contiguous int32");
+  const auto* index = static_cast<const int32_t*>(indices.const_data_ptr());
+  for (int64_t i = 0; i < rows * top_k; ++i) need(index[i] >= -1 && index[i] < experts, "an index is out of range");
+  const Kept kept{numbers(gates, count, "gates must be float32 [T, L * E]"),
+                  numbers(logits, count, "logits must be float32 [T, L * E]"),
+                  numbers(probs, count, "probs must be float32 [T, L * E]"), index, mask_of(counted, tokens)};
+  float* out = floats(d_scores, count, "d_scores must be float32 [T, L * E]");
+  const float scale = static_cast<float>(inverse_temperature);
+  torch::stable::parallel_for(0, rows, grain(8 * experts), [&](int64_t begin, int64_t end) {
+    std::vector<float> room(4 * experts);
+    backward_rows(from, kept, rule, routers, begin, end, scale, room.data(), out);
   });
 }
 

@@ -326,7 +326,7 @@ class ExpertLinear(nn.Module):
         return {
             "top_k": state.router_top_k,
             "score": state.router,
-            "token_mask": selection.token_mask if state.collect else None,
+            "token_mask": selection.token_mask,
             **state.router_options,
         }
 

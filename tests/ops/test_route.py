@@ -68,6 +68,7 @@ def test_no_token_mask_is_a_mask_that_leaves_nothing_out():
     assert empty.z_loss() == 0 and empty.balance_loss() == 0 and empty.load.sum() == 0
 
 
+STATISTICS = [name + way for name in ("routing_planes", "routing_statistics") for way in ("", "_backward")]
 NAMES = ("load", "importance", "balance_loss", "z_loss", "entropy")
 
 
@@ -216,7 +217,7 @@ def test_an_expert_out_of_range_is_refused():
         Routing(table, torch.tensor([[0], [4], [1]], dtype=torch.int32), table, table, table).load  # noqa: B018
 
 
-@pytest.mark.parametrize("name", ["routing_statistics", "routing_statistics_backward"])
+@pytest.mark.parametrize("name", STATISTICS)
 def test_statistics_beside_the_reference_of_the_same_dtype(name: str):
     """Tables whose rows lie apart, and gradients of a zero, whose logarithm is clamped where the dtype ends."""
     op = REGISTRY[name]

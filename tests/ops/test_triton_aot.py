@@ -40,6 +40,7 @@ from mllmcl_kernels.ops.masked_adamw import triton as masked_adamw  # noqa: E402
 from mllmcl_kernels.ops.orthogonality_loss import triton as orthogonality_loss  # noqa: E402
 from mllmcl_kernels.ops.project_grads import triton as project_grads  # noqa: E402
 from mllmcl_kernels.ops.route import triton as route  # noqa: E402
+from mllmcl_kernels.ops.routing_planes import triton as routing_planes  # noqa: E402
 from mllmcl_kernels.ops.routing_statistics import triton as routing_statistics  # noqa: E402
 from mllmcl_kernels.ops.sampled_product_l1 import triton as sampled_product_l1  # noqa: E402
 from mllmcl_kernels.ops.soft_target_cross_entropy import triton as soft_target  # noqa: E402
@@ -131,7 +132,7 @@ def mix_calls(dtype: torch.dtype, tokens: int, rank: int, experts: int, dropout:
     if dropout == 0.0:
         router = empty(experts, width, dtype=dtype)
         options = (min(2, experts), "softmax", 1.0, True, False)
-        layer = (x, weight, None, lora_a, lora_b, router, None, None, None, None)
+        layer = (x, weight, None, lora_a, lora_b, router, None, None, None, None, None)
         lora_mix_routed.lora_mix_routed_triton(*layer, *options, *experts_of)
 
 
@@ -144,10 +145,11 @@ def shared_calls(dtype: torch.dtype, tokens: int, rank: int, experts: int, width
     ]  # fmt: skip
     weight, *rest = kinds
     options = (min(2, experts), "softmax", 1.0, True, False, [rank] * experts, [1.0] * experts, [True] * experts, 0.0)
-    s, gates, indices, values, logits, probs, *y = lora_mix_routed_shared.lora_mix_routed_shared_triton(
-        x, weight, [], *rest, [], None, None, None, *options
+    s, gates, indices, _, logits, probs, planes, *y = lora_mix_routed_shared.lora_mix_routed_shared_triton(
+        x, weight, [], *rest, [], None, None, None, None, *options
     )
-    grads, saved = (y, gates, values, logits, probs), (x, *kinds, None, s, gates, indices, probs)
+    grads = (y, None, None, None, None, planes)
+    saved = (x, *kinds, None, s, gates, indices, logits, probs, None)
     lora_mix_routed_shared.lora_mix_routed_shared_backward_triton(*grads, *saved, *options[1:], [True] * 7)
 
 
@@ -178,34 +180,39 @@ def grouped_mix_calls(dtype: torch.dtype, rank: int, experts: int, dropout: floa
     router, experts_of = empty(experts, width, dtype=dtype), ([rank] * experts, [1.0] * experts, [True] * experts)
     for tile in range(len(triton_grouped.RANK_TILES)):
         chosen = mock.patch.object(lora_mix, "groupings", lambda *_, tile=tile: (triton_grouped.Grouping(tile),))
-        grads = gates, empty(tokens, 2, dtype=torch.float32), gates, gates
+        grads = gates, empty(tokens, 2, dtype=torch.float32), gates, gates, None
         options = ("softmax", 1.0, True, False, *experts_of, dropout, [True] * 7)
         with chosen:
             columns, rows = b_rows.t(), b_rows.view(width, total)
             lora_mix.lora_mix_triton(x, weight, None, lora_a, columns, ids, seed, *experts_of, dropout)
             backward = (x, x, weight, lora_a, columns, ids, seed, s, *experts_of, dropout, [True] * 5 + [False])
             lora_mix.lora_mix_backward_triton(*backward)
-            saved = (x, weight, lora_a, rows, router, seed, s, gates, best, gates)
+            saved = (x, weight, lora_a, rows, router, seed, s, gates, best, gates, gates, None)
             lora_mix_routed.lora_mix_routed_backward_triton(x, *grads, *saved, *options)
 
 
 def route_calls(dtype: torch.dtype, tokens: int, experts: int, top_k: int, score: str, width: int = 4096) -> None:
+    """A router with padding and without; backward from a loss on gates, from statistics as well, and from all."""
     x, weight = empty(tokens, width, dtype=dtype), empty(experts, width, dtype=dtype)
-    outputs = route.route_triton(x, weight, None, None, None, top_k, score, 1.0, True, False)
-    gates, indices, values, logits, probs = outputs
-    saved = (gates, values, logits, probs, gates, indices, probs)
-    route.logits_gradient_triton(*saved, score, 1.0, True, False, low=x[:, :experts])
+    for mask in (None, empty(tokens, dtype=torch.bool)):
+        outputs = route.route_triton(x, weight, None, None, None, mask, top_k, score, 1.0, True, False)
+        gates, indices, values, logits, probs, planes = outputs
+        saved = (gates, indices, logits, probs, mask, score, 1.0, True, False)
+        route.logits_gradient_triton(gates, None, None, None, None, *saved)
+        route.logits_gradient_triton(gates, None, None, None, planes[:1].expand(planes.shape), *saved)
+        route.logits_gradient_triton(gates, values, logits, probs, planes, *saved, low=x[:, :experts])
 
 
 def statistics_calls(tokens: int, experts: int, top_k: int) -> None:
-    """Statistics of a router, with a mask and without, and their gradients: of the usual two losses, and of all."""
+    """Planes of tables, padding or none; their statistics; gradients of the usual two losses and of all."""
     tables, one = [empty(tokens, experts, dtype=torch.float32)] * 3, empty(dtype=torch.float32)
-    indices, load = empty(tokens, top_k, dtype=torch.int32), empty(experts, dtype=torch.float32)
+    indices = empty(tokens, top_k, dtype=torch.int32)
     for mask in (None, empty(tokens, dtype=torch.bool)):
-        routing_statistics.routing_statistics_triton(*tables, indices, mask)
-        saved = (*tables[:2], mask, load, one)
-        routing_statistics.routing_statistics_backward_triton(None, one, one, None, *saved, [True, True, False])
-        routing_statistics.routing_statistics_backward_triton(load, one, one, one, *saved, [True] * 3)
+        planes = routing_planes.routing_planes_triton(*tables, indices, mask)
+        routing_planes.routing_planes_backward_triton(planes, *tables[:2], mask)
+    load, *_, sums = routing_statistics.routing_statistics_triton(planes)
+    routing_statistics.routing_statistics_backward_triton(None, one, one, None, sums)
+    routing_statistics.routing_statistics_backward_triton(load, one, one, one, sums)
 
 
 def loss_calls(dtype: torch.dtype, vocabulary: int, entries: int, tokens: int = 2048, width: int = 4096) -> None:

@@ -20,13 +20,15 @@ __all__ = ["lora_mix_routed", "lora_mix_routed_backward_op", "lora_mix_routed_op
 
 
 def _fake(
-    x, weight, bias, lora_a, lora_b, router_weight, router_bias, noise, expert_mask, seed, top_k, *_options
+    x, weight, bias, lora_a, lora_b, router_weight, router_bias, noise, expert_mask, token_mask, seed, top_k, *_options
 ):  # fmt: skip
     y, s = x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], lora_a.shape[0])
     return y, s, *fake_routing(x, router_weight.shape[0], top_k)
 
 
-def _fake_backward(dy, d_gates, d_values, d_logits, d_probs, x, weight, lora_a, lora_b, router_weight, *rest):
+def _fake_backward(
+    dy, d_gates, d_values, d_logits, d_probs, d_planes, x, weight, lora_a, lora_b, router_weight, *rest
+):  # fmt: skip
     needs = rest[-1]
     like = (x, weight, weight[:, 0], lora_a, lora_b, router_weight, router_weight[:, 0])
     outputs = [x.new_empty(tensor.shape if need else (0,)) for need, tensor in zip(needs, like, strict=True)]
@@ -36,34 +38,27 @@ def _fake_backward(dy, d_gates, d_values, d_logits, d_probs, x, weight, lora_a, 
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, weight, _, lora_a, lora_b, router_weight, _, _, _, seed, _, *options = inputs
-    _, s, gates, indices, _, _, probs = output
-    ctx.save_for_backward(x, weight, lora_a, lora_b, router_weight, seed, s, gates, indices, probs)
+    x, weight, _, lora_a, lora_b, router_weight, _, _, _, token_mask, seed, _, *options = inputs
+    _, s, gates, indices, _, logits, probs, _ = output
+    layer = (x, weight, lora_a, lora_b, router_weight)
+    ctx.save_for_backward(*layer, seed, s, gates, indices, logits, probs, token_mask)
     ctx.mark_non_differentiable(s, indices)
-    # no zeros for s, which nobody asks about
+    # no zeros for what nobody asks about
     ctx.set_materialize_grads(False)
     ctx.options = options
 
 
-def routing_gradients(gates: Tensor, indices: Tensor, d_gates, d_values, d_logits, d_probs) -> list[Tensor]:
-    """The gradients of a routing's tables, zeros for what is None."""
-    likes = (gates, gates[:, : indices.shape[1]], gates, gates)
-    pairs = zip((d_gates, d_values, d_logits, d_probs), likes, strict=True)
-    return [torch.zeros_like(like) if grad is None else grad for grad, like in pairs]
-
-
-def _backward(ctx, dy, _ds, d_gates, _d_indices, d_values, d_logits, d_probs):
+def _backward(ctx, dy, _ds, d_gates, _d_indices, *d_tables):
     trainable = ctx.options[6]
     # asked for once, since checkpointing gives them once
     saved = ctx.saved_tensors
-    x, weight, *_, gates, indices, _ = saved
+    x, weight, *_ = saved
     dy = x.new_zeros(x.shape[0], weight.shape[0]) if dy is None else dy
-    tables = routing_gradients(gates, indices, d_gates, d_values, d_logits, d_probs)
     needs = list(ctx.needs_input_grad[:7])
     needs[3] = needs[3] and any(trainable)
     needs[4] = needs[4] and any(trainable)
-    grads = lora_mix_routed_backward_op(dy, *tables, *saved, *ctx.options, needs, backend=ctx.backend)
-    return (*(grad if need else None for need, grad in zip(needs, grads, strict=True)), *([None] * 12))
+    grads = lora_mix_routed_backward_op(dy, d_gates, *d_tables, *saved, *ctx.options, needs, backend=ctx.backend)
+    return (*(grad if need else None for need, grad in zip(needs, grads, strict=True)), *([None] * 13))
 
 
 def _cost(x, weight, bias, lora_a, lora_b, router_weight, *_rest) -> Cost:
@@ -146,11 +141,14 @@ def lora_mix_routed(
     ranks, scaling, trainable, dropout = check_call(
         op, x, weight, bias, lora_a, lora_b, experts, ranks, scaling, trainable, dropout
     )
-    top_k, flat_mask, drawn = check_options(op, x, experts, top_k, score, temperature, noise, expert_mask, token_mask)
+    drawn, flat_mask, counted, top_k = check_options(
+        op, x, experts, top_k, score, temperature, noise, expert_mask, token_mask
+    )
     y, _, *routing = lora_mix_routed_op(
         *in_one_dtype(x, weight, bias, lora_a, lora_b, router_weight, router_bias),
         drawn,
         flat_mask,
+        counted,
         draw_seed(x.device) if dropout > 0.0 else None,
         top_k,
         score,
@@ -163,4 +161,4 @@ def lora_mix_routed(
         dropout,
         backend=backend,
     )
-    return y.view(*x.shape[:-1], weight.shape[0]), wrap_routing(tuple(routing), x.shape[:-1], token_mask)
+    return y.view(*x.shape[:-1], weight.shape[0]), wrap_routing(routing, x.shape[:-1], token_mask)

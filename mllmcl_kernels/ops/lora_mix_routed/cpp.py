@@ -17,6 +17,7 @@ from ..lora_mix.cpp import (
     rank_tables,
 )
 from ..route.cpp import gates_from_logits, logits_gradient, route_backward_cpp, route_cpp
+from ..route.reference import added
 from . import lora_mix_routed_backward_op, lora_mix_routed_op
 
 __all__ = ["joined_gradients", "one_product"]
@@ -31,20 +32,21 @@ def _supports(x, weight, bias, lora_a, lora_b, router_weight, router_bias, *_res
     return float_path(x, weight, bias, lora_a, lora_b, router_weight, router_bias)
 
 
-def _supports_backward(dy, d_gates, d_values, d_logits, d_probs, x, weight, lora_a, lora_b, *_rest) -> str | None:
+def _supports_backward(
+    dy, d_gates, d_values, d_logits, d_probs, d_planes, x, weight, lora_a, lora_b, *_rest
+) -> str | None:  # fmt: skip
     return float_path(dy, x, weight, lora_a, lora_b)
 
 
 @lora_mix_routed_op.provider("cpp", supports=_supports)
 def lora_mix_routed_cpp(
-    x, weight, bias, lora_a, lora_b, router_weight, router_bias, noise, expert_mask, seed, top_k, score, temperature,
-    renormalize, straight_through, ranks, scaling, trainable, dropout,
+    x, weight, bias, lora_a, lora_b, router_weight, router_bias, noise, expert_mask, token_mask, seed, top_k,
+    score, temperature, renormalize, straight_through, ranks, scaling, trainable, dropout,
 ):  # fmt: skip
-    choice = (top_k, score, renormalize, straight_through)
+    masks = (noise, expert_mask, token_mask)
     if not one_product(x, score, dropout):
-        routing = route_cpp(
-            x, router_weight, router_bias, noise, expert_mask, top_k, score, temperature, renormalize, straight_through
-        )
+        choice = (*masks, top_k, score, temperature, renormalize, straight_through)
+        routing = route_cpp(x, router_weight, router_bias, *choice)
         y, s = lora_mix_cpp(x, weight, bias, lora_a, lora_b, routing[0], seed, ranks, scaling, trainable, dropout)
         return y, s, *routing
     x = x.contiguous()
@@ -54,7 +56,7 @@ def lora_mix_routed_cpp(
     if router_bias is not None:
         logits = logits + router_bias
     logits = (logits / temperature).contiguous()
-    routing = gates_from_logits(logits, noise, expert_mask, *choice)
+    routing = gates_from_logits(logits, *masks, top_k, score, renormalize, straight_through)
     y = product_nt(x, weight, bias)
     y.addmm_(mixed_ranks(s, routing[0], ranks, scaling), lora_b.t())
     return y, s, *routing
@@ -62,17 +64,18 @@ def lora_mix_routed_cpp(
 
 @lora_mix_routed_backward_op.provider("cpp", supports=_supports_backward)
 def lora_mix_routed_backward_cpp(
-    dy, d_gates, d_values, d_logits, d_probs, x, weight, lora_a, lora_b, router_weight, seed, s, gates, indices, probs,
-    score, temperature, renormalize, straight_through, ranks, scaling, trainable, dropout, needs,
+    dy, d_gates, d_values, d_logits, d_probs, d_planes, x, weight, lora_a, lora_b, router_weight, seed, s, gates,
+    indices, logits, probs, token_mask, score, temperature, renormalize, straight_through, ranks, scaling, trainable,
+    dropout, needs,
 ):  # fmt: skip
     options = (score, temperature, renormalize, straight_through)
+    others, saved = (d_values, d_logits, d_probs, d_planes), (gates, indices, logits, probs, token_mask)
     if not one_product(x, score, dropout):
         dx, dweight, dbias, da, db, through = lora_mix_backward_cpp(
             dy, x, weight, lora_a, lora_b, gates, seed, s, ranks, scaling, trainable, dropout, [*needs[:5], True]
         )
         dx_router, drouter, drouter_bias = route_backward_cpp(
-            d_gates + through, d_values, d_logits, d_probs, x, router_weight, gates, indices, probs, *options,
-            [needs[0], needs[5], needs[6]],
+            added(d_gates, through), *others, x, router_weight, *saved, *options, [needs[0], needs[5], needs[6]]
         )  # fmt: skip
         return dx.add_(dx_router) if needs[0] else dx, dweight, dbias, da, db, drouter, drouter_bias
     dy, x = dy.contiguous(), x.contiguous()
@@ -83,7 +86,7 @@ def lora_mix_routed_backward_cpp(
     mixed, through = torch.empty_like(u), torch.empty_like(gates)
     tables = rank_tables(ranks, scaling)
     RANK_OPS.rank_gate_backward(u, s.contiguous(), gates.contiguous(), *tables, extended[:, :rank], mixed, through)
-    dl = logits_gradient(d_gates + through, d_values, d_logits, d_probs, gates, indices, probs, *options)
+    dl = logits_gradient(added(d_gates, through), *others, *saved, *options)
     extended[:, rank:] = dl
     dx = dweight = dbias = empty
     if needs[0]:

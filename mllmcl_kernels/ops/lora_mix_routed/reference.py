@@ -10,7 +10,7 @@ from typing import Optional
 from torch import Tensor
 
 from ..lora_mix.reference import lora_mix_backward_reference, lora_mix_reference
-from ..route.reference import route_backward_reference, route_reference
+from ..route.reference import added, route_backward_reference, route_reference
 
 __all__ = ["lora_mix_routed_backward_reference", "lora_mix_routed_reference"]
 
@@ -25,6 +25,7 @@ def lora_mix_routed_reference(
     router_bias: Optional[Tensor],
     noise: Optional[Tensor],
     expert_mask: Optional[Tensor],
+    token_mask: Optional[Tensor],
     seed: Optional[Tensor],
     top_k: int,
     score: str,
@@ -35,21 +36,21 @@ def lora_mix_routed_reference(
     scaling: Sequence[float],
     trainable: Sequence[bool],
     dropout: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y [T, N], s [T, R], and gates, indices, values, logits, probs of the router."""
-    routing = route_reference(
-        x, router_weight, router_bias, noise, expert_mask, top_k, score, temperature, renormalize, straight_through
-    )
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y [T, N], s [T, R], and gates, indices, values, logits, probs, planes of the router."""
+    choice = (noise, expert_mask, token_mask, top_k, score, temperature, renormalize, straight_through)
+    routing = route_reference(x, router_weight, router_bias, *choice)
     y, s = lora_mix_reference(x, weight, bias, lora_a, lora_b, routing[0], seed, ranks, scaling, trainable, dropout)
     return y, s, *routing
 
 
 def lora_mix_routed_backward_reference(
     dy: Tensor,
-    d_gates: Tensor,
-    d_values: Tensor,
-    d_logits: Tensor,
-    d_probs: Tensor,
+    d_gates: Optional[Tensor],
+    d_values: Optional[Tensor],
+    d_logits: Optional[Tensor],
+    d_probs: Optional[Tensor],
+    d_planes: Optional[Tensor],
     x: Tensor,
     weight: Tensor,
     lora_a: Tensor,
@@ -59,7 +60,9 @@ def lora_mix_routed_backward_reference(
     s: Tensor,
     gates: Tensor,
     indices: Tensor,
+    logits: Tensor,
     probs: Tensor,
+    token_mask: Optional[Tensor],
     score: str,
     temperature: float,
     renormalize: bool,
@@ -75,8 +78,8 @@ def lora_mix_routed_backward_reference(
         dy, x, weight, lora_a, lora_b, gates, seed, s, ranks, scaling, trainable, dropout, [*needs[:5], True]
     )
     dx_router, drouter, drouter_bias = route_backward_reference(
-        d_gates + through_mix, d_values, d_logits, d_probs, x, router_weight, gates, indices, probs,
-        score, temperature, renormalize, straight_through, [needs[0], needs[5], needs[6]],
+        added(d_gates, through_mix), d_values, d_logits, d_probs, d_planes, x, router_weight, gates, indices, logits,
+        probs, token_mask, score, temperature, renormalize, straight_through, [needs[0], needs[5], needs[6]],
     )  # fmt: skip
     if needs[0]:
         dx = dx + dx_router

@@ -44,7 +44,7 @@ from ..lora_mix.triton import (
 )
 from ..route import fake_routing
 from ..route.reference import logits_backward
-from ..route.triton import MOST_EXPERTS, logits_gradient_triton, mask_rows, route_tile, route_triton
+from ..route.triton import MOST_EXPERTS, given_masks, logits_gradient_triton, route_tile, route_triton
 from . import lora_mix_routed_backward_op, lora_mix_routed_op
 
 __all__ = ["merged_weights"]
@@ -79,10 +79,10 @@ class Passes:
 @triton.jit
 def _lora_mix_routed_shrink_kernel(
     x_ptr, a_ptr, router_ptr, bias_ptr, s_ptr, mixed_ptr, owner_ptr, scale_ptr, noise_ptr, allowed_ptr,
-    gates_ptr, indices_ptr, values_ptr, logits_ptr, probs_ptr,
+    counted_ptr, gates_ptr, indices_ptr, values_ptr, logits_ptr, probs_ptr, planes_ptr,
     T, K, R, E, top_k, temperature, stride_xt, stride_xk, stride_mt, stride_allowed,
-    BIAS: tl.constexpr, NOISE: tl.constexpr, MASK: tl.constexpr, SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr,
-    STRAIGHT: tl.constexpr, PRECISION: tl.constexpr,
+    BIAS: tl.constexpr, NOISE: tl.constexpr, MASK: tl.constexpr, COUNTED: tl.constexpr, SIGMOID: tl.constexpr,
+    RENORMALIZE: tl.constexpr, STRAIGHT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, PAD_C: tl.constexpr, PAD_E: tl.constexpr, PAD_K: tl.constexpr,
 ):  # fmt: skip
     """[s | logits] = x [A ; W_r]^T, the routing of these rows, and s * G.
@@ -116,8 +116,9 @@ def _lora_mix_routed_shrink_kernel(
     inside = row_mask[:, None] & (experts < E)[None, :]
     logits = tl.load(logits_ptr + rows[:, None] * E + experts[None, :], mask=inside, other=0.0, volatile=True)
     route_tile(
-        logits, rows, row_mask, noise_ptr, allowed_ptr, gates_ptr, indices_ptr, values_ptr, logits_ptr, probs_ptr,
-        E, top_k, stride_allowed, NOISE, MASK, SIGMOID, RENORMALIZE, STRAIGHT, BLOCK_T, PAD_E, PAD_K,
+        logits, rows, noise_ptr, allowed_ptr, counted_ptr,
+        gates_ptr, indices_ptr, values_ptr, logits_ptr, probs_ptr, planes_ptr, T, E, top_k, stride_allowed,
+        NOISE, MASK, COUNTED, SIGMOID, RENORMALIZE, STRAIGHT, BLOCK_T, PAD_E, PAD_K,
     )  # fmt: skip
     tl.debug_barrier()
     kept = row_mask[:, None] & is_rank[None, :]
@@ -150,12 +151,12 @@ def _supports(x, weight, bias, lora_a, lora_b, router_weight, router_bias, noise
 
 @lora_mix_routed_op.provider("triton", supports=_supports)
 def lora_mix_routed_triton(
-    x, weight, bias, lora_a, lora_b, router_weight, router_bias, noise, expert_mask, seed,
+    x, weight, bias, lora_a, lora_b, router_weight, router_bias, noise, expert_mask, token_mask, seed,
     top_k, score, temperature, renormalize, straight_through, ranks, scaling, trainable, dropout,
 ):  # fmt: skip
     """One pass over x for the routing, s and s * G, then y; two passes where one does not fit or takes longer."""
     routing_options = (top_k, score, temperature, renormalize, straight_through)
-    layer, router = (x, weight, bias, lora_a, lora_b), (router_weight, router_bias, noise, expert_mask)
+    layer, router = (x, weight, bias, lora_a, lora_b), (router_weight, router_bias, noise, expert_mask, token_mask)
 
     def run(passes: Passes):
         if passes.number == 1:
@@ -171,7 +172,7 @@ def lora_mix_routed_triton(
 
 
 def _in_one_pass(
-    x, weight, bias, lora_a, lora_b, router_weight, router_bias, noise, expert_mask,
+    x, weight, bias, lora_a, lora_b, router_weight, router_bias, noise, expert_mask, token_mask,
     top_k, score, temperature, renormalize, straight_through, ranks, scaling,
 ):  # fmt: skip
     """y, s and the routing by the merged kernel."""
@@ -179,18 +180,19 @@ def _in_one_pass(
     routing = fake_routing(x, experts, top_k)
     s, mixed = x.new_empty(tokens, rank), mixed_rows(x, weight, lora_b)
     owner, scale, _ = rank_tables(tuple(ranks), tuple(scaling), x.device)
-    allowed, stride_allowed = mask_rows(expert_mask, tokens, s)
+    allowed, counted, stride_allowed = given_masks(expert_mask, token_mask, s)
     a_rows, router_rows = lora_a.contiguous(), router_weight.contiguous()
 
     def run(tile: Tile) -> None:
         launch(
             _lora_mix_routed_shrink_kernel, (ceil_div(tokens, tile.m),),
             x, a_rows, router_rows, router_rows if router_bias is None else router_bias, s, mixed, owner, scale,
-            s if noise is None else noise.contiguous(), allowed, *routing,
+            s if noise is None else noise.contiguous(), allowed, counted, *routing,
             tokens, width, rank, experts, top_k, temperature,
             *x.stride(), mixed.stride(0), stride_allowed,
             BIAS=router_bias is not None, NOISE=noise is not None, MASK=expert_mask is not None,
-            SIGMOID=score == "sigmoid", RENORMALIZE=renormalize, STRAIGHT=straight_through, PRECISION=dot_precision(),
+            COUNTED=token_mask is not None, SIGMOID=score == "sigmoid", RENORMALIZE=renormalize,
+            STRAIGHT=straight_through, PRECISION=dot_precision(),
             BLOCK_T=tile.m, BLOCK_K=tile.k, PAD_C=power_of_two(rank + experts), PAD_E=power_of_two(experts),
             PAD_K=power_of_two(top_k, 1), warps=tile.warps, stages=tile.stages,
         )  # fmt: skip
@@ -201,11 +203,11 @@ def _in_one_pass(
 
 
 def _supports_backward(
-    dy, d_gates, d_values, d_logits, d_probs, x, weight, lora_a, lora_b, router_weight, seed, s, gates, *_rest
+    dy, d_gates, d_values, d_logits, d_probs, d_planes, x, weight, lora_a, lora_b, router_weight, seed, s, gates, *_rest
 ) -> str | None:
     if router_weight.shape[0] > MOST_EXPERTS:
         return f"triton routes to at most {MOST_EXPERTS} experts, got {router_weight.shape[0]}"
-    reason = dtype_reason(d_gates, d_values, d_logits, d_probs, gates)
+    reason = dtype_reason(d_gates, d_values, d_logits, d_probs, d_planes, gates)
     return reason or dtype_reason(dy, x, weight, lora_a, lora_b, router_weight, s)
 
 
@@ -231,8 +233,9 @@ def merged_weights(
 
 @lora_mix_routed_backward_op.provider("triton", supports=_supports_backward)
 def lora_mix_routed_backward_triton(
-    dy, d_gates, d_values, d_logits, d_probs, x, weight, lora_a, lora_b, router_weight, seed, s, gates, indices, probs,
-    score, temperature, renormalize, straight_through, ranks, scaling, trainable, dropout, needs,
+    dy, d_gates, d_values, d_logits, d_probs, d_planes, x, weight, lora_a, lora_b, router_weight, seed, s, gates,
+    indices, logits, probs, token_mask, score, temperature, renormalize, straight_through, ranks, scaling, trainable,
+    dropout, needs,
 ):  # fmt: skip
     """One pass over dy in rank space, the router's formula, then the products."""
     needs_x, needs_weight, needs_bias, needs_a, needs_b, needs_router, needs_router_bias = needs
@@ -247,8 +250,8 @@ def lora_mix_routed_backward_triton(
         ds, low = extended[:, :rank], extended[:, rank:]
         mixed, through_mix = rank_gradients(dy, lora_b, s, ds, ranks, by, pairs, needs_b, True)
         dl = logits_gradient_triton(
-            d_gates, d_values, d_logits, d_probs, gates, indices, probs, score, temperature, renormalize,
-            straight_through, more=through_mix, low=low,
+            d_gates, d_values, d_logits, d_probs, d_planes, gates, indices, logits, probs, token_mask, score,
+            temperature, renormalize, straight_through, more=through_mix, low=low,
         )  # fmt: skip
         dx, da, drouter = (x.new_empty(0) for _ in range(3))
         joined = in_one and pairs is None

@@ -10,7 +10,6 @@ from ...checks import expect, expect_flag, expect_tensor
 from ...dropout import draw_seed
 from ...op import Cost, Op
 from ..lora_mix_routed import _cost as routed_cost
-from ..lora_mix_routed import routing_gradients
 from ..lora_mix_shared import (
     all_biases,
     check_linears,
@@ -28,24 +27,17 @@ from .samples import backward_samples, bad_samples, samples
 __all__ = ["lora_mix_routed_shared", "lora_mix_routed_shared_backward_op", "lora_mix_routed_shared_op"]
 
 
-def fake_routings(x: Tensor, count: int, experts: int, top_k: int) -> list[Tensor]:
-    """Empty outputs of `count` routers for x `[T, D]`, side by side."""
-    tokens = x.shape[0]
-    tables = fake_routing(x.new_empty(tokens * count, 0), experts, top_k)
-    return [table.view(tokens, count * table.shape[1]) for table in tables]
-
-
 def _fake(
-    x, weight, bias, lora_a, lora_b, router_weight, router_bias, noise, expert_mask, seed, top_k, *_options
+    x, weight, bias, lora_a, lora_b, router_weight, router_bias, noise, expert_mask, token_mask, seed, top_k, *_options
 ) -> list[Tensor]:  # fmt: skip
     count = len(weight)
     s = x.new_empty(x.shape[0], count * lora_a[0].shape[0])
-    routings = fake_routings(x, count, router_weight[0].shape[0], top_k)
+    routings = fake_routing(x, router_weight[0].shape[0], top_k, count)
     return [s, *routings, *(x.new_empty(x.shape[0], one.shape[0]) for one in weight)]
 
 
 def _fake_backward(
-    dy, d_gates, d_values, d_logits, d_probs, x, weight, lora_a, lora_b, router_weight, *rest
+    dy, d_gates, d_values, d_logits, d_probs, d_planes, x, weight, lora_a, lora_b, router_weight, *rest
 ) -> list[Tensor]:  # fmt: skip
     needs_x, *needs, needs_router, needs_router_bias = rest[-1]
     experts = len(weight) * router_weight[0].shape[0]
@@ -58,12 +50,13 @@ def _fake_backward(
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, weight, _, lora_a, lora_b, router_weight, _, _, _, seed, _, *options = inputs
-    s, gates, indices, _, _, probs, *_ = output
+    x, weight, _, lora_a, lora_b, router_weight, _, _, _, token_mask, seed, _, *options = inputs
+    s, gates, indices, _, logits, probs, *_ = output
     ctx.count, ctx.options = len(weight), options
-    ctx.save_for_backward(x, *weight, *lora_a, *lora_b, *router_weight, seed, s, gates, indices, probs)
+    layers = (*weight, *lora_a, *lora_b, *router_weight)
+    ctx.save_for_backward(x, *layers, seed, s, gates, indices, logits, probs, token_mask)
     ctx.mark_non_differentiable(s, indices)
-    # no zeros for s, which nobody asks about
+    # no zeros for what nobody asks about
     ctx.set_materialize_grads(False)
 
 
@@ -76,9 +69,8 @@ def _backward(ctx, grads):
     # without biases there is no list to tell
     wants_router_bias = wants_router_bias if isinstance(wants_router_bias, list) else []
     needs_routers = [any(wants_router), any(wants_router_bias)]
-    _, d_gates, _, d_values, d_logits, d_probs, *dy = grads
-    *_, gates, indices, _ = saved
-    tables = routing_gradients(gates, indices, d_gates, d_values, d_logits, d_probs)
+    _, d_gates, _, d_values, d_logits, d_probs, d_planes, *dy = grads
+    tables = (d_gates, d_values, d_logits, d_probs, d_planes)
     dx, drouter, drouter_bias, *rest = lora_mix_routed_shared_backward_op(
         output_gradients(dy, x, layers[0]), *tables, x, *layers, *saved[4 * count :], *ctx.options,
         [wants_x, *needs, *needs_routers], backend=ctx.backend,
@@ -87,7 +79,7 @@ def _backward(ctx, grads):
     for wants, stacked in ((wants_router, drouter), (wants_router_bias, drouter_bias)):
         parts = stacked.chunk(count) if any(wants) else [None] * count
         found.append([part if want else None for want, part in zip(wants, parts, strict=False)])
-    return (dx if wants_x else None, *found, *([None] * 12))
+    return (dx if wants_x else None, *found, *([None] * 13))
 
 
 def _cost(x, weight, bias, lora_a, lora_b, router_weight, *_rest) -> Cost:
@@ -183,10 +175,12 @@ def lora_mix_routed_shared(
     ranks, scaling, trainable, dropout = check_linears(
         op, x, weight, bias, lora_a, lora_b, experts, (ranks, scaling, trainable, dropout)
     )
-    top_k, flat_mask, _ = check_options(op, x, experts, top_k, score, temperature, 0.0, expert_mask, token_mask)
+    _, flat_mask, counted, top_k = check_options(
+        op, x, experts, top_k, score, temperature, 0.0, expert_mask, token_mask
+    )
     # one row of noise for every router
     wide = x.new_empty(lead.numel() * count, 0)
-    _, _, drawn = check_options(op, wide, experts, None, score, temperature, noise, None, None)
+    drawn, *_ = check_options(op, wide, experts, None, score, temperature, noise, None, None)
     biases, router_biases = all_biases(weight, bias), all_biases(router_weight, router_bias)
     rows, layers = layers_in_one_dtype(x, weight, biases, lora_a, lora_b, router_weight, router_biases)
     _, *found = lora_mix_routed_shared_op(
@@ -194,6 +188,7 @@ def lora_mix_routed_shared(
         *layers,
         None if drawn is None else drawn.view(lead.numel(), count * experts),
         flat_mask,
+        counted,
         draw_seed(x.device) if dropout > 0.0 else None,
         top_k,
         score,
@@ -206,6 +201,6 @@ def lora_mix_routed_shared(
         dropout,
         backend=backend,
     )
-    tables = [table.unflatten(1, (count, -1)).unbind(1) for table in found[:5]]
+    tables = [table.unflatten(1, (count, -1)).unbind(1) for table in found[:6]]
     routings = [wrap_routing(outputs, lead, token_mask) for outputs in zip(*tables, strict=True)]
-    return [y.view(*lead, y.shape[1]) for y in found[5:]], routings
+    return [y.view(*lead, y.shape[1]) for y in found[6:]], routings

@@ -17,8 +17,9 @@ from ..lora_mix_shared.cpp import (
 )
 from ..lora_mix_shared.reference import cut
 from ..route.cpp import gates_from_logits, logits_gradient, product_gradient, route_cpp
+from ..route.reference import added
 from . import lora_mix_routed_shared_backward_op, lora_mix_routed_shared_op
-from .tables import mask_by_router, routed_in_turn, row_by_row
+from .tables import routed_in_turn
 
 __all__: list[str] = []
 
@@ -27,18 +28,20 @@ def _supports(x, weight, bias, lora_a, lora_b, router_weight, router_bias, *_res
     return float_path(x, *weight, *bias, *lora_a, *lora_b, *router_weight, *router_bias)
 
 
-def _supports_backward(dy, d_gates, d_values, d_logits, d_probs, x, weight, lora_a, lora_b, *_rest) -> str | None:
+def _supports_backward(
+    dy, d_gates, d_values, d_logits, d_probs, d_planes, x, weight, lora_a, lora_b, *_rest
+) -> str | None:  # fmt: skip
     return float_path(*dy, x, *weight, *lora_a, *lora_b)
 
 
 @lora_mix_routed_shared_op.provider("cpp", supports=_supports)
 def lora_mix_routed_shared_cpp(
-    x, weight, bias, lora_a, lora_b, router_weight, router_bias, noise, expert_mask, seed, top_k, score, temperature,
-    renormalize, straight_through, ranks, scaling, trainable, dropout,
+    x, weight, bias, lora_a, lora_b, router_weight, router_bias, noise, expert_mask, token_mask, seed, top_k,
+    score, temperature, renormalize, straight_through, ranks, scaling, trainable, dropout,
 ):  # fmt: skip
-    count, tokens = len(weight), x.shape[0]
+    count = len(weight)
     if not one_product(x, score, dropout):
-        options = (expert_mask, top_k, score, temperature, renormalize, straight_through)
+        options = (expert_mask, token_mask, top_k, score, temperature, renormalize, straight_through)
         routing = routed_in_turn(route_cpp, x, router_weight, router_bias, noise, *options)
         mix = (x, weight, bias, lora_a, lora_b, routing[0], seed, ranks, scaling, trainable, dropout)
         s, *found = lora_mix_shared_cpp(*mix)
@@ -49,20 +52,18 @@ def lora_mix_routed_shared_cpp(
     s, logits = both[:, :total].contiguous(), both[:, total:]
     if router_bias:
         logits = logits + torch.cat(router_bias)
-    logits = row_by_row(logits / temperature, count).contiguous()
-    expert_mask = mask_by_router(expert_mask, count)
-    routing = gates_from_logits(
-        logits, row_by_row(noise, count), expert_mask, top_k, score, renormalize, straight_through
-    )  # fmt: skip
-    routing = [table.view(tokens, count * table.shape[1]) for table in routing]
+    logits = (logits / temperature).contiguous()
+    choice = (noise, expert_mask, token_mask, top_k, score, renormalize, straight_through)
+    routing = gates_from_logits(logits, *choice, count)
     mixed = mixed_ranks(s, routing[0], ranks * count, scaling * count)
     return [s, *routing, *add_mixed(x, weight, bias, mixed, lora_b, 1.0)]
 
 
 @lora_mix_routed_shared_backward_op.provider("cpp", supports=_supports_backward)
 def lora_mix_routed_shared_backward_cpp(
-    dy, d_gates, d_values, d_logits, d_probs, x, weight, lora_a, lora_b, router_weight, seed, s, gates, indices, probs,
-    score, temperature, renormalize, straight_through, ranks, scaling, trainable, dropout, needs,
+    dy, d_gates, d_values, d_logits, d_probs, d_planes, x, weight, lora_a, lora_b, router_weight, seed, s, gates,
+    indices, logits, probs, token_mask, score, temperature, renormalize, straight_through, ranks, scaling, trainable,
+    dropout, needs,
 ):  # fmt: skip
     needs_x, *needs_layers, needs_router, needs_router_bias = needs
     count, total, needs_a = len(weight), s.shape[1], needs_layers[2]
@@ -71,10 +72,8 @@ def lora_mix_routed_shared_backward_cpp(
     extended = s.new_empty(s.shape[0], total + gates.shape[1])
     ds = extended[:, :total]
     mixed, through = rank_gradients(dy, lora_b, s, gates, ranks, scaling, True, ds)
-    tables = (d_gates + through, d_values, d_logits, d_probs, gates, indices, probs)
-    dl = logits_gradient(
-        *(row_by_row(table, count) for table in tables), score, temperature, renormalize, straight_through
-    ).view_as(gates)
+    tables = (added(d_gates, through), d_values, d_logits, d_probs, d_planes, gates, indices, logits, probs, token_mask)
+    dl = logits_gradient(*tables, score, temperature, renormalize, straight_through, count)
     dx, da, drouter = (x.new_empty(0) for _ in range(3))
     if one_product(x, score, dropout):
         extended[:, total:] = dl

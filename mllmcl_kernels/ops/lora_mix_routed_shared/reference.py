@@ -26,6 +26,7 @@ def lora_mix_routed_shared_reference(
     router_bias: Sequence[Tensor],
     noise: Optional[Tensor],
     expert_mask: Optional[Tensor],
+    token_mask: Optional[Tensor],
     seed: Optional[Tensor],
     top_k: int,
     score: str,
@@ -37,15 +38,16 @@ def lora_mix_routed_shared_reference(
     trainable: Sequence[bool],
     dropout: float,
 ) -> list[Tensor]:
-    """s [T, L * R]; gates, indices, values, logits, probs [T, L * E] or [T, L * k]; then y [T, N] of each linear.
+    """s [T, L * R]; gates, indices, values, logits, probs, planes of all routers side by side; then y [T, N] of each.
 
-    noise is [T, L * E]; `bias` and `router_bias` may be empty.
+    The tables are [T, L * E] or [T, L * k], the planes [P, L * (3 E + 3)]; noise is [T, L * E]; `bias` and
+    `router_bias` may be empty.
     """
     none, choice = [None] * len(weight), (top_k, score, temperature, renormalize, straight_through)
     layers = zip(weight, bias or none, lora_a, lora_b, router_weight, router_bias or none, strict=True)
     found = [
         lora_mix_routed_reference(
-            x, *layer, noise_TE, expert_mask, seed, *choice, ranks, scaling, trainable, dropout
+            x, *layer, noise_TE, expert_mask, token_mask, seed, *choice, ranks, scaling, trainable, dropout
         )
         for layer, noise_TE in zip(layers, cut(noise, len(weight)), strict=True)
     ]  # fmt: skip
@@ -55,10 +57,11 @@ def lora_mix_routed_shared_reference(
 
 def lora_mix_routed_shared_backward_reference(
     dy: Sequence[Tensor],
-    d_gates: Tensor,
-    d_values: Tensor,
-    d_logits: Tensor,
-    d_probs: Tensor,
+    d_gates: Optional[Tensor],
+    d_values: Optional[Tensor],
+    d_logits: Optional[Tensor],
+    d_probs: Optional[Tensor],
+    d_planes: Optional[Tensor],
     x: Tensor,
     weight: Sequence[Tensor],
     lora_a: Sequence[Tensor],
@@ -68,7 +71,9 @@ def lora_mix_routed_shared_backward_reference(
     s: Tensor,
     gates: Tensor,
     indices: Tensor,
+    logits: Tensor,
     probs: Tensor,
+    token_mask: Optional[Tensor],
     score: str,
     temperature: float,
     renormalize: bool,
@@ -85,11 +90,11 @@ def lora_mix_routed_shared_backward_reference(
     router_bias) says no.
     """
     count, choice = len(weight), (score, temperature, renormalize, straight_through)
-    by_linear = [cut(one, count) for one in (d_gates, d_values, d_logits, d_probs)]
-    saved = [cut(one, count) for one in (s, gates, indices, probs)]
+    by_linear = [cut(one, count) for one in (d_gates, d_values, d_logits, d_probs, d_planes)]
+    saved = [cut(one, count) for one in (s, gates, indices, logits, probs)]
     found = [
         lora_mix_routed_backward_reference(
-            d, *grads, x, *layer, seed, *kept, *choice, ranks, scaling, trainable, dropout, needs
+            d, *grads, x, *layer, seed, *kept, token_mask, *choice, ranks, scaling, trainable, dropout, needs
         )
         for d, grads, layer, kept in zip(
             dy, zip(*by_linear, strict=True), zip(weight, lora_a, lora_b, router_weight, strict=True),

@@ -6,28 +6,29 @@ import torch
 
 from ...op import BadSample, Sample
 from ..lora_mix.samples import layer
+from ..route.samples import CAME, some_gradients
 
 __all__ = ["backward_samples", "bad_samples", "samples"]
 
-# name, T, K, N of each, ranks, k, score, renormalize, straight, biases, noise, mask, dropout, frozen expert, by columns
+# name, T, K, N of each, ranks, k, score, renormalize, straight, biases, noise, mask, dropout, frozen expert, by columns, share of tokens that count
 CASES = (
-    ("dense softmax of three", 40, 16, (12, 8, 8), (4, 4, 4), 3, "softmax", False, False, False, False, False, 0.0, None, False),
-    ("top 2, mixed ranks", 33, 24, (40, 16), (3, 5, 8), 2, "softmax", True, False, True, False, False, 0.0, 1, True),
-    ("sigmoid top 1, dropout", 24, 16, (24, 8), (4, 4), 1, "sigmoid", False, False, False, False, False, 0.2, None, False),
-    ("cosine, noise, mask", 9, 32, (16, 16), (2, 2, 2), 2, "cosine", False, False, False, True, True, 0.0, 0, False),
-    ("noise, mask of each token", 18, 24, (16, 8, 8), (4, 2, 4), 2, "softmax", True, False, True, True, True, 0.0, None, True),
-    ("straight through", 20, 16, (16, 16), (4, 4, 4), 1, "softmax", False, True, False, False, False, 0.0, None, False),
-    ("one token", 1, 16, (8, 12), (4, 4), 2, "softmax", False, False, True, False, False, 0.0, None, False),
-    ("no token", 0, 16, (8, 12), (4, 4), 1, "softmax", False, False, False, False, False, 0.0, None, False),
+    ("dense softmax of three", 40, 16, (12, 8, 8), (4, 4, 4), 3, "softmax", False, False, False, False, False, 0.0, None, False, 0.6),
+    ("top 2, mixed ranks", 33, 24, (40, 16), (3, 5, 8), 2, "softmax", True, False, True, False, False, 0.0, 1, True, None),
+    ("sigmoid top 1, dropout", 24, 16, (24, 8), (4, 4), 1, "sigmoid", False, False, False, False, False, 0.2, None, False, 0.5),
+    ("cosine, noise, mask", 9, 32, (16, 16), (2, 2, 2), 2, "cosine", False, False, False, True, True, 0.0, 0, False, None),
+    ("noise, mask of each token", 18, 24, (16, 8, 8), (4, 2, 4), 2, "softmax", True, False, True, True, True, 0.0, None, True, 0.8),
+    ("straight through", 20, 16, (16, 16), (4, 4, 4), 1, "softmax", False, True, False, False, False, 0.0, None, False, 0.7),
+    ("one token", 1, 16, (8, 12), (4, 4), 2, "softmax", False, False, True, False, False, 0.0, None, False, None),
+    ("no token", 0, 16, (8, 12), (4, 4), 1, "softmax", False, False, False, False, False, 0.0, None, False, None),
 )  # fmt: skip
 
 
 def samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample]:
-    """Legal calls over scores, top-k, masks, noise, mixed ranks, frozen experts, dropout, few and no tokens."""
+    """Legal calls over scores, top-k, masks, noise, mixed ranks, frozen experts, dropout, padding, few and no tokens."""
     calls = []
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     for case in CASES:
-        name, tokens, width, outs, ranks, k, *choice, with_bias, noise, mask, dropout, frozen, by_columns = case
+        name, tokens, width, outs, ranks, k, *choice, with_bias, noise, mask, dropout, frozen, by_columns, share = case
         generator = torch.Generator().manual_seed(seed + len(calls))
         experts = len(ranks)
         layers = [layer(generator, tokens, width, out, sum(ranks)) for out in outs]
@@ -48,8 +49,9 @@ def samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample]
         if mask:
             rows = torch.arange(tokens if "each token" in name else 1)
             allowed = (torch.arange(experts) != (rows[:, None] + 1) % experts).to(device)
+        counted = None if share is None else (torch.rand(tokens, generator=generator) < share).to(device)
         args = (
-            layers[0]["x"], *stacks, drawn.to(device, wide) if noise else None, allowed,
+            layers[0]["x"], *stacks, drawn.to(device, wide) if noise else None, allowed, counted,
             torch.tensor([0x123456789ABCD + seed], device=device) if dropout else None,
             k, choice[0], 1.0, *choice[1:], list(ranks), [0.5 + 0.75 * expert for expert in range(experts)],
             [expert != frozen for expert in range(experts)], dropout,
@@ -64,17 +66,15 @@ def backward_samples(device: torch.device, dtype: torch.dtype, seed: int) -> lis
 
     calls = []
     for sample in samples(device, dtype, seed):
-        x, weight, bias, lora_a, lora_b, router, router_bias, _, _, mask_seed, _, *options = sample.args
-        s, gates, indices, values, logits, probs, *y = lora_mix_routed_shared_reference(*sample.args)
+        x, weight, bias, lora_a, lora_b, router, router_bias, _, _, counted, mask_seed, _, *options = sample.args
+        s, gates, indices, values, logits, probs, planes, *y = lora_mix_routed_shared_reference(*sample.args)
         generator = torch.Generator().manual_seed(seed + 1000 + len(calls))
-        grads = [
-            torch.randn(out.shape, generator=generator, dtype=torch.float64).to(device, out.dtype)
-            for out in (*y, gates, values, logits, probs)
-        ]
+        came = (*[1] * len(y), *CAME[len(calls) % len(CAME)])
+        grads = some_gradients((*y, gates, values, logits, probs), planes, generator, came)
         needs = [True, True, bool(bias), True, True, True, bool(router_bias)]
         layers = (weight, lora_a, lora_b, router)
-        args = (grads[: len(y)], *grads[len(y) :], x, *layers, mask_seed, s, gates, indices, probs, *options, needs)
-        calls.append(Sample(sample.name, args))
+        saved = (x, *layers, mask_seed, s, gates, indices, logits, probs, counted)
+        calls.append(Sample(sample.name, (grads[: len(y)], *grads[len(y) :], *saved, *options, needs)))
     return calls
 
 

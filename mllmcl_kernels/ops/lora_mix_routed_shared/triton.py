@@ -27,7 +27,7 @@ from ..lora_mix_shared.triton import (
 from ..route.reference import logits_backward
 from ..route.triton import MOST_EXPERTS, gates_from_logits_triton, logits_gradient_triton, route_triton
 from . import lora_mix_routed_shared_backward_op, lora_mix_routed_shared_op
-from .tables import mask_by_router, routed_in_turn, row_by_row
+from .tables import routed_in_turn
 
 __all__: list[str] = []
 
@@ -42,12 +42,12 @@ def _supports(x, weight, bias, lora_a, lora_b, router_weight, router_bias, noise
 
 @lora_mix_routed_shared_op.provider("triton", supports=_supports)
 def lora_mix_routed_shared_triton(
-    x, weight, bias, lora_a, lora_b, router_weight, router_bias, noise, expert_mask, seed, top_k, score, temperature,
-    renormalize, straight_through, ranks, scaling, trainable, dropout,
+    x, weight, bias, lora_a, lora_b, router_weight, router_bias, noise, expert_mask, token_mask, seed, top_k,
+    score, temperature, renormalize, straight_through, ranks, scaling, trainable, dropout,
 ):  # fmt: skip
     count, tokens = len(weight), x.shape[0]
     if score == "cosine" or dropout > 0.0:
-        options = (expert_mask, top_k, score, temperature, renormalize, straight_through)
+        options = (expert_mask, token_mask, top_k, score, temperature, renormalize, straight_through)
         routing = routed_in_turn(route_triton, x, router_weight, router_bias, noise, *options)
         mix = (x, weight, bias, lora_a, lora_b, routing[0], seed, ranks, scaling, trainable, dropout)
         s, *found = lora_mix_shared_triton(*mix)
@@ -57,30 +57,27 @@ def lora_mix_routed_shared_triton(
     logits = planes[:, :, total:].sum(0)
     if router_bias:
         logits += torch.cat(router_bias)
-    expert_mask = mask_by_router(expert_mask, count)
-    tables = gates_from_logits_triton(
-        row_by_row(logits / temperature, count), row_by_row(noise, count), expert_mask, top_k, score, renormalize,
-        straight_through,
-    )  # fmt: skip
-    routing = [table.view(tokens, count * table.shape[1]) for table in tables]
+    choice = (noise, expert_mask, token_mask, top_k, score, renormalize, straight_through)
+    routing = gates_from_logits_triton(logits / temperature, *choice, count)
     s, mixed = x.new_empty(tokens, total), x.new_empty(tokens, total)
     mix_ranks(planes, s, mixed, planes.shape[0], Gating.of(routing[0], ranks * count, scaling * count, x))
     return [s, *routing, *add_mixed(x, weight, bias, mixed, lora_b)]
 
 
 def _supports_backward(
-    dy, d_gates, d_values, d_logits, d_probs, x, weight, lora_a, lora_b, router_weight, seed, s, gates, *_rest
+    dy, d_gates, d_values, d_logits, d_probs, d_planes, x, weight, lora_a, lora_b, router_weight, seed, s, gates, *_rest
 ) -> str | None:
     if router_weight[0].shape[0] > MOST_EXPERTS:
         return f"triton routes to at most {MOST_EXPERTS} experts, got {router_weight[0].shape[0]}"
-    reason = dtype_reason(d_gates, d_values, d_logits, d_probs, gates)
+    reason = dtype_reason(d_gates, d_values, d_logits, d_probs, d_planes, gates)
     return reason or dtype_reason(*dy, x, *weight, *lora_a, *lora_b, *router_weight, s)
 
 
 @lora_mix_routed_shared_backward_op.provider("triton", supports=_supports_backward)
 def lora_mix_routed_shared_backward_triton(
-    dy, d_gates, d_values, d_logits, d_probs, x, weight, lora_a, lora_b, router_weight, seed, s, gates, indices, probs,
-    score, temperature, renormalize, straight_through, ranks, scaling, trainable, dropout, needs,
+    dy, d_gates, d_values, d_logits, d_probs, d_planes, x, weight, lora_a, lora_b, router_weight, seed, s, gates,
+    indices, logits, probs, token_mask, score, temperature, renormalize, straight_through, ranks, scaling, trainable,
+    dropout, needs,
 ):  # fmt: skip
     needs_x, needs_weight, needs_bias, needs_a, needs_b, needs_router, needs_router_bias = needs
     count, total, experts = len(weight), s.shape[1], gates.shape[1]
@@ -89,11 +86,9 @@ def lora_mix_routed_shared_backward_triton(
     extended = x.new_empty(x.shape[0], total + experts)
     ds = extended[:, :total]
     mixed, through_mix = rank_gradients_of_all(dy, lora_b, s, ds, gates, ranks, scaling, needs_b, True)
-    tables = (d_gates, d_values, d_logits, d_probs, gates, indices, probs)
-    dl = logits_gradient_triton(
-        *(row_by_row(table, count) for table in tables), score, temperature, renormalize, straight_through,
-        more=row_by_row(through_mix, count),
-    ).view_as(gates)  # fmt: skip
+    tables = (d_gates, d_values, d_logits, d_probs, d_planes, gates, indices, logits, probs, token_mask)
+    options = (score, temperature, renormalize, straight_through)
+    dl = logits_gradient_triton(*tables, *options, count, more=through_mix)
     dx, da, drouter = (x.new_empty(0) for _ in range(3))
     if in_one:
         extended[:, total:] = dl

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -19,8 +20,9 @@ from ...checks import (
     expect_tensor,
 )
 from ...op import Cost, Op
+from ..routing_planes import fake_planes
 from .reference import route_backward_reference, route_reference
-from .routing import Routing
+from .routing import Routing, with_planes
 from .samples import backward_samples, bad_samples, samples
 
 __all__ = ["Routing", "check_router", "route", "route_backward_op", "route_op", "wrap_routing"]
@@ -32,41 +34,41 @@ def _wide_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def fake_routing(x: Tensor, experts: int, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Empty outputs of `route` for x `[T, D]`."""
+def fake_routing(x: Tensor, experts: int, top_k: int, count: int = 1) -> tuple[Tensor, ...]:
+    """Empty outputs of `count` routers for x `[T, D]`, side by side: as of `route`, each `count` times as wide."""
     tokens, dtype = x.shape[0], _wide_dtype(x)
 
-    def table() -> Tensor:
-        return x.new_empty(tokens, experts, dtype=dtype)
+    def table(width: int) -> Tensor:
+        return x.new_empty(tokens, count * width, dtype=dtype)
 
-    indices = x.new_empty(tokens, top_k, dtype=torch.int32)
-    return table(), indices, x.new_empty(tokens, top_k, dtype=dtype), table(), table()
+    indices = x.new_empty(tokens, count * top_k, dtype=torch.int32)
+    gates = table(experts)
+    return gates, indices, table(top_k), table(experts), table(experts), fake_planes(gates, count)
 
 
-def _fake(x, weight, bias, noise, expert_mask, top_k, score, temperature, renormalize, straight_through):
+def _fake(x, weight, bias, noise, expert_mask, token_mask, top_k, *_options):
     return fake_routing(x, weight.shape[0], top_k)
 
 
-def _fake_backward(d_gates, d_values, d_logits, d_probs, x, weight, *rest):
+def _fake_backward(d_gates, d_values, d_logits, d_probs, d_planes, x, weight, *rest):
     shapes = (x.shape, weight.shape, weight.shape[:1])
     return tuple(x.new_empty(shape if need else (0,)) for shape, need in zip(shapes, rest[-1], strict=True))
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, weight, _, _, _, _, score, temperature, renormalize, straight_through = inputs
-    gates, indices, _, _, probs = output
-    ctx.save_for_backward(x, weight, gates, indices, probs)
+    x, weight, _, _, _, token_mask, _, *options = inputs
+    gates, indices, _, logits, probs, _ = output
+    ctx.save_for_backward(x, weight, gates, indices, logits, probs, token_mask)
     ctx.mark_non_differentiable(indices)
-    ctx.options = (score, temperature, renormalize, straight_through)
+    # no zeros for what nobody asks about
+    ctx.set_materialize_grads(False)
+    ctx.options = options
 
 
-def _backward(ctx, d_gates, _d_indices, d_values, d_logits, d_probs):
-    x, weight, gates, indices, probs = ctx.saved_tensors
+def _backward(ctx, d_gates, _d_indices, *grads):
     needs = list(ctx.needs_input_grad[:3])
-    grads = route_backward_op(
-        d_gates, d_values, d_logits, d_probs, x, weight, gates, indices, probs, *ctx.options, needs, backend=ctx.backend
-    )
-    return (*(grad if need else None for need, grad in zip(needs, grads, strict=True)), *([None] * 7))
+    found = route_backward_op(d_gates, *grads, *ctx.saved_tensors, *ctx.options, needs, backend=ctx.backend)
+    return (*(grad if need else None for need, grad in zip(needs, found, strict=True)), *([None] * 8))
 
 
 def _cost(x, weight, *_rest) -> Cost:
@@ -119,8 +121,8 @@ def check_router(op: str, x, weight, bias, names: tuple[str, str] = ("weight", "
 
 def check_options(
     op: str, x, experts: int, top_k, score, temperature, noise, expert_mask, token_mask
-) -> tuple[int, Tensor | None, Tensor | None]:
-    """top_k as an int, the expert mask as [M, E] and the noise drawn: what the low-level op takes."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, int]:
+    """What the low-level op takes: noise drawn, the expert mask as [M, E], the token mask as [T], top_k as an int."""
     chosen, top_k = top_k, experts if top_k is None else top_k
     is_integer = isinstance(top_k, numbers.Integral) and not isinstance(top_k, bool)
     expect(is_integer, op, "top_k", "an integer or None", top_k, TypeError)
@@ -142,18 +144,20 @@ def check_options(
             flat_mask = expert_mask.expand(*lead, experts).reshape(-1, experts)
     if token_mask is not None:
         expect_mask(op, "token_mask", token_mask, lead, x.device)
+        token_mask = token_mask.expand(lead).reshape(-1)
     drawn = None
     if noise > 0:
         tokens = x.numel() // max(x.shape[-1], 1)
         drawn = torch.randn(tokens, experts, device=x.device, dtype=_wide_dtype(x)) * noise
-    return top_k, flat_mask, drawn
+    return drawn, flat_mask, token_mask, top_k
 
 
-def wrap_routing(outputs: tuple[Tensor, ...], lead: torch.Size, token_mask: Tensor | None) -> Routing:
+def wrap_routing(outputs: Sequence[Tensor], lead: torch.Size, token_mask: Tensor | None) -> Routing:
     """A `Routing` with the leading dims of x from the flat outputs."""
-    gates, indices, values, logits, probs = (out.view(*lead, out.shape[-1]) for out in outputs)
+    *tables, planes = outputs
+    gates, indices, values, logits, probs = (out.view(*lead, out.shape[-1]) for out in tables)
     mask = None if token_mask is None else token_mask.expand(lead)
-    return Routing(gates, indices, values, logits, probs, mask)
+    return with_planes(Routing(gates, indices, values, logits, probs, mask), planes)
 
 
 def route(
@@ -202,11 +206,9 @@ def route(
     """
     op = "route"
     check_router(op, x, weight, bias)
-    top_k, flat_mask, drawn = check_options(
-        op, x, weight.shape[0], top_k, score, temperature, noise, expert_mask, token_mask
-    )
+    choice = check_options(op, x, weight.shape[0], top_k, score, temperature, noise, expert_mask, token_mask)
     flags = expect_flag(op, "renormalize", renormalize), expect_flag(op, "straight_through", straight_through)
-    options = (drawn, flat_mask, top_k, score, float(temperature), *flags)
+    options = (*choice, score, float(temperature), *flags)
     dtype = x.dtype
     bias = None if bias is None else bias.to(dtype)
     outputs = route_op(

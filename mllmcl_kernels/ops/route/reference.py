@@ -1,7 +1,7 @@
 """The formula of `route` and of its gradient in plain PyTorch; runs in float64 and is the truth of every test."""
 
-# T tokens, D in, E experts, k chosen experts, M rows of the expert mask (1 or T)
-# x_TD, weight_ED, logits_TE, probs_TE, gates_TE, indices_Tk, values_Tk
+# T tokens, D in, E experts, k chosen experts, M rows of the expert mask (1 or T), P planes
+# x_TD, weight_ED, logits_TE, probs_TE, gates_TE, indices_Tk, values_Tk, token_mask_T
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-__all__ = ["route_backward_reference", "route_reference", "select_experts"]
+from ..routing_planes.reference import routing_planes_backward_reference, routing_planes_reference
+
+__all__ = ["added", "route_backward_reference", "route_reference", "select_experts"]
 
 # added to the norm of a row by the cosine score, so that a zero row has a direction
 COSINE_EPSILON = 1e-12
@@ -105,33 +107,49 @@ def route_reference(
     bias: Optional[Tensor],
     noise: Optional[Tensor],
     expert_mask: Optional[Tensor],
+    token_mask: Optional[Tensor],
     top_k: int,
     score: str,
     temperature: float,
     renormalize: bool,
     straight_through: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """gates [T, E], indices [T, k] int32, values [T, k], logits [T, E], probs [T, E], in float32 or better."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """gates [T, E], indices [T, k] int32, values [T, k], logits [T, E], probs [T, E] and planes [P, 3 E + 3].
+
+    All in float32 or better; the planes are those of `routing_planes`.
+    """
     logits = _logits(x, weight, bias, score, temperature)
     gates, indices, values, probs = gates_of(logits, noise, expert_mask, top_k, score, renormalize, straight_through)
-    return gates, indices, values, logits, probs
+    planes = routing_planes_reference(logits, probs, gates, indices, token_mask)
+    return gates, indices, values, logits, probs, planes
+
+
+def added(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """The sum of two gradients of the same tensor, None where neither came."""
+    return other if one is None else one if other is None else one + other
 
 
 def logits_gradient(
-    d_gates: Tensor, d_values: Tensor, d_logits: Tensor, d_probs: Tensor, gates: Tensor, indices: Tensor, probs: Tensor,
+    d_gates: Tensor | None, d_values: Tensor | None, d_logits: Tensor | None, d_probs: Tensor | None,
+    d_planes: Tensor | None, gates: Tensor, indices: Tensor, logits: Tensor, probs: Tensor, token_mask: Tensor | None,
     score: str, renormalize: bool, straight_through: bool,
 ) -> Tensor:  # fmt: skip
-    """Gradient of the logits [T, E] from those of the outputs.
+    """Gradient of the logits [T, E] from those of the outputs, None for what did not come.
 
     With h the gradient of gates and values together: a kept gate p passes h; a renormalised gate p / sum passes
     (h - sum(h * gate)) / sum of the kept p; a straight-through gate passes h to every p as if the gate were soft.
     Softmax then gives p * (d - sum(p * d)), sigmoid p * (1 - p) * d.
     """
+    if d_planes is not None:
+        sums = routing_planes_backward_reference(d_planes, logits, probs, token_mask)
+        d_logits, d_probs, d_gates = map(added, (d_logits, d_probs, d_gates), sums)
     experts = gates.shape[-1]
     chosen = _chosen(indices, experts)
-    spread = torch.zeros(gates.shape[0], experts + 1, dtype=gates.dtype, device=gates.device)
-    spread.scatter_add_(1, torch.where(indices < 0, experts, indices).to(torch.int64), d_values)
-    h = d_gates + spread[:, :experts]
+    h = torch.zeros_like(gates) if d_gates is None else d_gates
+    if d_values is not None:
+        spread = torch.zeros(gates.shape[0], experts + 1, dtype=gates.dtype, device=gates.device)
+        spread.scatter_add_(1, torch.where(indices < 0, experts, indices).to(torch.int64), d_values)
+        h = h + spread[:, :experts]
     zero = torch.zeros_like(h)
     if straight_through:
         d = h
@@ -140,34 +158,36 @@ def logits_gradient(
         d = torch.where(chosen, (h - torch.where(chosen, h * gates, zero).sum(-1, keepdim=True)) / total, zero)
     else:
         d = torch.where(chosen, h, zero)
-    d = d + d_probs
+    d = added(d, d_probs)
     if score == "sigmoid":
         through = probs * (1.0 - probs) * d
     else:
         through = probs * (d - (probs * d).sum(-1, keepdim=True))
-    return through + d_logits
+    return added(through, d_logits)
 
 
 def route_backward_reference(
-    d_gates: Tensor,
-    d_values: Tensor,
-    d_logits: Tensor,
-    d_probs: Tensor,
+    d_gates: Optional[Tensor],
+    d_values: Optional[Tensor],
+    d_logits: Optional[Tensor],
+    d_probs: Optional[Tensor],
+    d_planes: Optional[Tensor],
     x: Tensor,
     weight: Tensor,
     gates: Tensor,
     indices: Tensor,
+    logits: Tensor,
     probs: Tensor,
+    token_mask: Optional[Tensor],
     score: str,
     temperature: float,
     renormalize: bool,
     straight_through: bool,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias in x's dtype; an empty tensor where `needs` says no."""
-    dl = logits_gradient(
-        d_gates, d_values, d_logits, d_probs, gates, indices, probs, score, renormalize, straight_through
-    )
+    """Gradients of x, weight, bias in x's dtype, zero from what is None; an empty tensor where `needs` says no."""
+    tables = (d_gates, d_values, d_logits, d_probs, d_planes, gates, indices, logits, probs, token_mask)
+    dl = logits_gradient(*tables, score, renormalize, straight_through)
     dl = dl / temperature
     dx, dweight = logits_backward(dl, x, weight, score, needs[0], needs[1])
     dbias = dl.sum(0).to(x.dtype) if needs[2] else x.new_empty(0)

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..routing_statistics import Statistics, routing_statistics
+from ..routing_statistics import Statistics, routing_statistics, statistics_of
 
-__all__ = ["Routing"]
+__all__ = ["Routing", "with_planes"]
 
 # E experts, k chosen experts, ... the leading dims of x
 
@@ -29,8 +29,10 @@ class Routing:
     logits   `[..., E]` float32, before noise; differentiable
     probs    `[..., E]` float32, the scores over all allowed experts; differentiable
     token_mask  bool `[...]` or None: False counts in no statistic
+    planes   what the router summed up while it made these tables, for load, importance and losses; None, and summed up
+             anew where they are asked for, in a Routing made by hand or by `dataclasses.replace`
 
-    Load, importance and losses come from one pass over the tables, made when the first is asked for, and kept.
+    Load, importance and losses are made together when the first is asked for, and kept.
     """
 
     gates: Tensor
@@ -39,6 +41,8 @@ class Routing:
     logits: Tensor
     probs: Tensor
     token_mask: Tensor | None = None
+    # no argument: a copy with another table would keep the sums of the old one
+    planes: Tensor | None = field(default=None, init=False, repr=False, compare=False)
 
     _kept: dict[bool, Statistics] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -47,13 +51,16 @@ class Routing:
         return {**self.__dict__, "_kept": {}}
 
     def _statistics(self) -> Statistics:
-        """All of them from one pass, kept for the next that is asked for, with and without gradients apart."""
+        """All of them together, kept for the next that is asked for, with and without gradients apart."""
         has_grad = torch.is_grad_enabled()
         kept = self._kept.get(has_grad)
         # activation checkpointing counts what is saved in a second pass, which must not find what the first one left
         is_replayed = not torch.compiler.is_compiling() and _saves_elsewhere()
         if kept is None or is_replayed:
-            kept = routing_statistics(self.logits, self.probs, self.gates, self.indices, self.token_mask)
+            if self.planes is not None:
+                kept = statistics_of(self.planes)
+            else:
+                kept = routing_statistics(self.logits, self.probs, self.gates, self.indices, self.token_mask)
             if not is_replayed:
                 self._kept[has_grad] = kept
         return kept
@@ -79,3 +86,9 @@ class Routing:
     def entropy(self) -> Tensor:
         """Mean over the tokens of - sum_e p_e log p_e in nats, p the probabilities normalised over the experts."""
         return self._statistics().entropy
+
+
+def with_planes(routing: Routing, planes: Tensor) -> Routing:
+    """The new routing, told the planes `[P, 3 E + 3]` of its tables."""
+    object.__setattr__(routing, "planes", planes)
+    return routing

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from ...op import BadSample, Sample
 
-__all__ = ["backward_samples", "bad_samples", "router_tensors", "samples"]
+__all__ = ["CAME", "backward_samples", "bad_samples", "router_tensors", "samples", "some_gradients"]
 
-# name, T, D, E, k, score, temperature, renormalize, straight_through, bias, noise, mask ("", "experts", "rows"), broken rows
+# name, T, D, E, k, score, temperature, renormalize, straight_through, bias, noise, mask ("", "experts", "rows"), broken
+# rows, share of tokens that count (None without a mask)
 CASES = (
-    ("dense softmax", 33, 16, 4, 4, "softmax", 1.0, False, False, False, False, "", False),
-    ("top 2 of 8, renormalised", 20, 24, 8, 2, "softmax", 1.0, True, False, True, False, "", False),
-    ("top 1, temperature", 12, 8, 6, 1, "softmax", 0.5, False, False, False, False, "", False),
-    ("sigmoid top 3, renormalised", 9, 16, 5, 3, "sigmoid", 1.0, True, False, True, False, "", False),
-    ("cosine top 2, noise", 16, 12, 4, 2, "cosine", 0.1, False, False, False, True, "", False),
-    ("straight through", 15, 16, 5, 2, "softmax", 1.0, True, True, False, False, "", False),
-    ("forbidden experts", 10, 16, 6, 2, "softmax", 1.0, False, False, False, False, "experts", False),
-    ("forbidden by row", 11, 16, 6, 3, "softmax", 1.0, True, False, False, False, "rows", False),
-    ("one token", 1, 16, 4, 2, "softmax", 1.0, False, False, False, False, "", False),
-    ("no token", 0, 16, 4, 2, "softmax", 1.0, False, False, False, False, "", False),
-    ("64 experts", 7, 24, 64, 8, "softmax", 1.0, True, False, False, False, "", False),
-    ("rows of NaN and inf", 6, 8, 4, 2, "softmax", 1.0, False, False, False, False, "", True),
+    ("dense softmax", 33, 16, 4, 4, "softmax", 1.0, False, False, False, False, "", False, None),
+    ("top 2 of 8, renormalised", 20, 24, 8, 2, "softmax", 1.0, True, False, True, False, "", False, 0.6),
+    ("top 1, temperature", 12, 8, 6, 1, "softmax", 0.5, False, False, False, False, "", False, None),
+    ("sigmoid top 3, renormalised", 9, 16, 5, 3, "sigmoid", 1.0, True, False, True, False, "", False, 0.7),
+    ("cosine top 2, noise", 16, 12, 4, 2, "cosine", 0.1, False, False, False, True, "", False, None),
+    ("straight through", 15, 16, 5, 2, "softmax", 1.0, True, True, False, False, "", False, 0.5),
+    ("forbidden experts", 10, 16, 6, 2, "softmax", 1.0, False, False, False, False, "experts", False, None),
+    ("forbidden by row", 11, 16, 6, 3, "softmax", 1.0, True, False, False, False, "rows", False, 0.8),
+    ("one token", 1, 16, 4, 2, "softmax", 1.0, False, False, False, False, "", False, None),
+    ("no token", 0, 16, 4, 2, "softmax", 1.0, False, False, False, False, "", False, None),
+    ("64 experts", 40, 24, 64, 8, "softmax", 1.0, True, False, False, False, "", False, 0.9),
+    ("rows of NaN and inf", 6, 8, 4, 2, "softmax", 1.0, False, False, False, False, "", True, None),
+    ("rows of NaN and inf beside padding", 23, 8, 5, 2, "sigmoid", 1.0, True, False, False, False, "rows", True, 0.6),
 )
 
 
@@ -46,9 +50,9 @@ def _mask(generator: torch.Generator, kind: str, tokens: int, experts: int) -> t
 
 
 def samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample]:
-    """Legal calls: scores, top-k, masks, noise, straight-through, one and no token, rows of NaN and infinity."""
+    """Legal calls: scores, top-k, masks, noise, straight-through, one and no token, padding, rows without numbers."""
     calls = []
-    for name, tokens, width, experts, k, score, temperature, renorm, hard, bias, noise, mask, broken in CASES:
+    for name, tokens, width, experts, k, score, temperature, renorm, hard, bias, noise, mask, broken, share in CASES:
         generator = torch.Generator().manual_seed(seed + len(calls))
         tensors = {
             key: value.to(device, dtype) for key, value in router_tensors(generator, tokens, width, experts).items()
@@ -61,29 +65,43 @@ def samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample]
         )
         allowed = _mask(generator, mask, tokens, experts)
         allowed = None if allowed is None else allowed.to(device)
-        head = (tensors["x"], tensors["weight"], tensors["bias"] if bias else None, drawn, allowed)
+        counted = None if share is None else (torch.rand(tokens, generator=generator) < share).to(device)
+        head = (tensors["x"], tensors["weight"], tensors["bias"] if bias else None, drawn, allowed, counted)
         calls.append(Sample(name, (*head, k, score, temperature, renorm, hard)))
     return calls
 
 
+def some_gradients(
+    outputs: Sequence[torch.Tensor], planes: torch.Tensor, generator: torch.Generator, came: Sequence[bool]
+) -> list:
+    """A drawn gradient for each output and at last for the planes, small as that of a mean; None where none came."""
+    pairs = [(out, 1.0) for out in outputs] + [(planes, 0.1)]
+    return [
+        (torch.randn(out.shape, generator=generator, dtype=torch.float64) * size).to(out.device, out.dtype)
+        if here
+        else None
+        for (out, size), here in zip(pairs, came, strict=True)
+    ]
+
+
+#: which gradients of gates, values, logits, probs and planes come: from a loss on statistics, on gates too; others
+CAME = ((0, 0, 0, 0, 1), (1, 0, 0, 0, 1), (0, 1, 1, 0, 1), (1, 1, 1, 1, 1), (1, 0, 0, 0, 0))
+
+
 def backward_samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample]:
-    """The same calls from the gradient's side, without the rows of NaN."""
+    """The same calls from the gradient's side, by turns with all gradients and some, without the rows of NaN."""
     from .reference import route_reference
 
     calls = []
     for sample in samples(device, dtype, seed):
         if "NaN" in sample.name:
             continue
-        x, weight, bias, _, _, _, score, temperature, renorm, hard = sample.args
-        gates, indices, values, logits, probs = route_reference(*sample.args)
+        x, weight, bias, _, _, token_mask, _, *options = sample.args
+        gates, indices, values, logits, probs, planes = route_reference(*sample.args)
         generator = torch.Generator().manual_seed(seed + 1000 + len(calls))
-        grads = [
-            torch.randn(out.shape, generator=generator, dtype=torch.float64).to(device, gates.dtype)
-            for out in (gates, values, logits, probs)
-        ]
-        needs = [True, True, bias is not None]
-        args = (*grads, x, weight, gates, indices, probs, score, temperature, renorm, hard, needs)
-        calls.append(Sample(sample.name, args))
+        grads = some_gradients((gates, values, logits, probs), planes, generator, CAME[len(calls) % len(CAME)])
+        saved = (x, weight, gates, indices, logits, probs, token_mask)
+        calls.append(Sample(sample.name, (*grads, *saved, *options, [True, True, bias is not None])))
     return calls
 
 

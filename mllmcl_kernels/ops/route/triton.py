@@ -1,10 +1,11 @@
 """`route` in Triton: scores, choice and gates of a block of rows in registers, forward and backward.
 
-A program owns whole rows of E columns. Up to `widest_fused` experts the same program computes the logits, beyond that
-torch does. Selection takes the largest remaining key k times; among equal keys the lowest index wins.
+A program owns whole rows of E columns, those of one router, and writes their planes. Up to `widest_fused` experts the
+same program computes the logits, beyond that torch does. Selection takes the largest remaining key k times; among equal
+keys the lowest index wins.
 """
 
-# T tokens, D in, E experts (PAD_E the power of two above), k chosen experts (PAD_K)
+# T tokens, D in, L routers side by side, E experts (PAD_E the power of two above), k chosen experts (PAD_K), P planes
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...layouts import dense_rows, mask_bytes
 from ...triton_tools import (
     Tile,
     Tiles,
@@ -26,21 +28,28 @@ from ...triton_tools import (
     power_of_two,
 )
 from ...tuning import bucket, pick_tile
+from ..routing_planes.triton import MOST_EXPERTS, counted_rows, plane_slopes, plane_tile, store_planes
 from . import fake_routing, route_backward_op, route_op
 from .reference import COSINE_EPSILON, logits_backward
 
-__all__ = ["gates_from_logits_triton", "logits_gradient_triton", "mask_rows", "route_tile", "route_triton"]
+__all__ = [
+    "MOST_EXPERTS",
+    "gates_from_logits_triton",
+    "given_masks",
+    "logits_gradient_triton",
+    "route_tile",
+    "route_triton",
+]
 
 _MAX = tl.constexpr(torch.finfo(torch.float32).max)
 _EPSILON = tl.constexpr(COSINE_EPSILON)
-MOST_EXPERTS = 1024
 
 
 @dataclass(frozen=True)
 class RouteTiles:
     """Tiles by kernel and the number of experts up to which one kernel does all."""
 
-    #: m tokens, k columns of x; n is given by E
+    #: m tokens, a multiple of PLANE_ROWS, and k columns of x; n is given by E
     fused: Tiles
     widest_fused: int = 128
     #: entries [rows, PAD_E] that a program without a product holds
@@ -61,28 +70,36 @@ TILES = RouteTiles(
 
 
 @triton.jit
+def table_rows(tokens):
+    """Rows of this program's router for these tokens, where routers stand side by side: a row for token and router."""
+    return tokens * tl.num_programs(1) + tl.program_id(1)
+
+
+@triton.jit
 def route_tile(
-    logits, rows, row_mask, noise_ptr, allowed_ptr, gates_ptr, indices_ptr, values_ptr, logits_ptr, probs_ptr,
-    E, top_k, stride_allowed,
-    NOISE: tl.constexpr, MASK: tl.constexpr, SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr,
+    logits, tokens, noise_ptr, allowed_ptr, counted_ptr,
+    gates_ptr, indices_ptr, values_ptr, logits_ptr, probs_ptr, planes_ptr, T, E, top_k, stride_allowed,
+    NOISE: tl.constexpr, MASK: tl.constexpr, COUNTED: tl.constexpr, SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr,
     STRAIGHT: tl.constexpr, BLOCK_T: tl.constexpr, PAD_E: tl.constexpr, PAD_K: tl.constexpr,
 ):  # fmt: skip
-    """Everything from the logits [BLOCK_T, PAD_E] on, written out; gives the gates [BLOCK_T, PAD_E]."""
+    """Everything from the logits [BLOCK_T, PAD_E] of this program's tokens and router on, written out."""
     cols = tl.arange(0, PAD_E)
+    rows, row_mask = table_rows(tokens), tokens < T
     inside = row_mask[:, None] & (cols < E)[None, :]
     places = rows[:, None] * E + cols[None, :]
     tl.store(logits_ptr + places, logits, mask=inside)
     allowed = inside
     if MASK:
-        allowed = inside & (tl.load(allowed_ptr + rows[:, None] * stride_allowed + cols, mask=inside, other=0) != 0)
+        allowed = inside & (tl.load(allowed_ptr + tokens[:, None] * stride_allowed + cols, mask=inside, other=0) != 0)
+    noisy = logits
     if NOISE:
-        logits += tl.load(noise_ptr + places, mask=inside, other=0.0).to(tl.float32)
-    probs = _scores(logits, allowed, SIGMOID)
+        noisy = logits + tl.load(noise_ptr + places, mask=inside, other=0.0).to(tl.float32)
+    probs = _scores(noisy, allowed, SIGMOID)
     tl.store(probs_ptr + places, probs, mask=inside)
 
     broken = tl.max((probs != probs).to(tl.int32), 1) > 0
     # the order of torch.nan_to_num, and ascending indices in a row without numbers
-    key = tl.where(logits != logits, 0.0, tl.minimum(tl.maximum(logits, -_MAX), _MAX))
+    key = tl.where(noisy != noisy, 0.0, tl.minimum(tl.maximum(noisy, -_MAX), _MAX))
     key = tl.where(broken[:, None], -cols.to(tl.float32)[None, :], key)
     raw = probs
     if STRAIGHT:
@@ -112,7 +129,12 @@ def route_tile(
     slot_places = rows[:, None] * top_k + slots[None, :]
     tl.store(indices_ptr + slot_places, picks, mask=kept)
     tl.store(values_ptr + slot_places, values, mask=kept)
-    return gates
+    counted = counted_rows(counted_ptr, tokens, T, COUNTED)
+    width = 3 * E + 3
+    store_planes(
+        planes_ptr + tl.program_id(1) * width, tl.num_programs(1) * width, tl.program_id(0).to(tl.int64), counted,
+        logits, probs, gates, tl.where(chosen, 1.0, 0.0), T, E, BLOCK_T, PAD_E,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -133,16 +155,17 @@ def _scores(logits, allowed, SIGMOID: tl.constexpr):
 
 @triton.jit
 def _route_fwd_kernel(
-    x_ptr, weight_ptr, bias_ptr, raw_ptr, noise_ptr, allowed_ptr,
-    gates_ptr, indices_ptr, values_ptr, logits_ptr, probs_ptr,
+    x_ptr, weight_ptr, bias_ptr, raw_ptr, noise_ptr, allowed_ptr, counted_ptr,
+    gates_ptr, indices_ptr, values_ptr, logits_ptr, probs_ptr, planes_ptr,
     T, D, E, top_k, temperature, stride_xt, stride_xd, stride_we, stride_wd, stride_allowed,
     FUSED: tl.constexpr, BIAS: tl.constexpr, COSINE: tl.constexpr, NOISE: tl.constexpr, MASK: tl.constexpr,
-    SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr, STRAIGHT: tl.constexpr, PRECISION: tl.constexpr,
+    COUNTED: tl.constexpr, SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr, STRAIGHT: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, PAD_E: tl.constexpr, PAD_K: tl.constexpr,
 ):  # fmt: skip
-    """Logits, scores, choice and gates of a block of rows; without FUSED the logits come from `raw_ptr` [T, E]."""
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    row_mask = rows < T
+    """Logits, scores, choice and gates of a block of rows; without FUSED the logits come from `raw_ptr` [T, L * E]."""
+    tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    row_mask = tokens < T
     cols = tl.arange(0, PAD_E)
     if FUSED:
         logits = tl.zeros((BLOCK_T, PAD_E), tl.float32)
@@ -151,7 +174,7 @@ def _route_fwd_kernel(
         for start in range(0, D, BLOCK_D):
             ds = (start + tl.arange(0, BLOCK_D)).to(tl.int64)
             x = tl.load(
-                x_ptr + rows[:, None] * stride_xt + ds[None, :] * stride_xd,
+                x_ptr + tokens[:, None] * stride_xt + ds[None, :] * stride_xd,
                 mask=row_mask[:, None] & (ds < D)[None, :],
                 other=0.0,
             )
@@ -173,35 +196,55 @@ def _route_fwd_kernel(
         logits = logits / temperature
     else:
         inside = row_mask[:, None] & (cols < E)[None, :]
-        logits = tl.load(raw_ptr + rows[:, None] * E + cols[None, :], mask=inside, other=0.0)
+        logits = tl.load(raw_ptr + table_rows(tokens)[:, None] * E + cols[None, :], mask=inside, other=0.0)
     route_tile(
-        logits, rows, row_mask, noise_ptr, allowed_ptr, gates_ptr, indices_ptr, values_ptr, logits_ptr, probs_ptr,
-        E, top_k, stride_allowed, NOISE, MASK, SIGMOID, RENORMALIZE, STRAIGHT, BLOCK_T, PAD_E, PAD_K,
+        logits, tokens, noise_ptr, allowed_ptr, counted_ptr,
+        gates_ptr, indices_ptr, values_ptr, logits_ptr, probs_ptr, planes_ptr, T, E, top_k, stride_allowed,
+        NOISE, MASK, COUNTED, SIGMOID, RENORMALIZE, STRAIGHT, BLOCK_T, PAD_E, PAD_K,
     )  # fmt: skip
 
 
 @triton.jit
 def _route_bwd_kernel(
-    dgates_ptr, dvalues_ptr, dlogits_ptr, dprobs_ptr, more_ptr, gates_ptr, indices_ptr, probs_ptr, dl_ptr, low_ptr,
-    T, E, top_k, temperature, stride_low,
-    MORE: tl.constexpr, LOW: tl.constexpr, SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr, STRAIGHT: tl.constexpr,
+    dgates_ptr, more_ptr, dvalues_ptr, dlogits_ptr, dprobs_ptr, dplanes_ptr,
+    gates_ptr, indices_ptr, logits_ptr, probs_ptr, counted_ptr, dl_ptr, low_ptr,
+    T, L, E, top_k, temperature, stride_planes, stride_low,
+    GATES: tl.constexpr, MORE: tl.constexpr, VALUES: tl.constexpr, LOGITS: tl.constexpr, PROBS: tl.constexpr,
+    PLANES: tl.constexpr, COUNTED: tl.constexpr, LOW: tl.constexpr,
+    SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr, STRAIGHT: tl.constexpr,
     BLOCK_T: tl.constexpr, PAD_E: tl.constexpr,
 ):  # fmt: skip
     """Gradient of x W^T + b from those of its outputs; MORE adds to that of the gates, LOW writes a second copy."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    tokens = rows // L
     cols = tl.arange(0, PAD_E)
-    inside = (rows < T)[:, None] & (cols < E)[None, :]
+    inside = (tokens < T)[:, None] & (cols < E)[None, :]
     places = rows[:, None] * E + cols[None, :]
-    h = tl.load(dgates_ptr + places, mask=inside, other=0.0)
+    probs = tl.load(probs_ptr + places, mask=inside, other=0.0)
+    h = tl.zeros((BLOCK_T, PAD_E), tl.float32)
+    d_probs = tl.zeros((BLOCK_T, PAD_E), tl.float32)
+    d_logits = tl.zeros((BLOCK_T, PAD_E), tl.float32)
+    if PLANES:
+        logits = tl.load(logits_ptr + places, mask=inside, other=0.0)
+        counted = counted_rows(counted_ptr, tokens, T, COUNTED)
+        h, d_probs, d_logits = plane_slopes(
+            dplanes_ptr + (rows - tokens * L) * (3 * E + 3), stride_planes, tokens, counted, logits, probs, E, PAD_E
+        )  # fmt: skip
+    if GATES:
+        h += tl.load(dgates_ptr + places, mask=inside, other=0.0)
     if MORE:
         h += tl.load(more_ptr + places, mask=inside, other=0.0)
-    probs = tl.load(probs_ptr + places, mask=inside, other=0.0)
+    if PROBS:
+        d_probs += tl.load(dprobs_ptr + places, mask=inside, other=0.0)
+    if LOGITS:
+        d_logits += tl.load(dlogits_ptr + places, mask=inside, other=0.0)
     chosen = tl.zeros((BLOCK_T, PAD_E), tl.int1)
     for slot in range(top_k):
-        pick = tl.load(indices_ptr + rows * top_k + slot, mask=rows < T, other=-1)
-        dvalue = tl.load(dvalues_ptr + rows * top_k + slot, mask=rows < T, other=0.0)
+        pick = tl.load(indices_ptr + rows * top_k + slot, mask=tokens < T, other=-1)
         hit = cols[None, :] == pick[:, None]
-        h += tl.where(hit, dvalue[:, None], 0.0)
+        if VALUES:
+            dvalue = tl.load(dvalues_ptr + rows * top_k + slot, mask=tokens < T, other=0.0)
+            h += tl.where(hit, dvalue[:, None], 0.0)
         chosen = chosen | hit
     if STRAIGHT:
         d = h
@@ -212,12 +255,12 @@ def _route_bwd_kernel(
         d = tl.where(chosen, (h - mean) / total, 0.0)
     else:
         d = tl.where(chosen, h, 0.0)
-    d += tl.load(dprobs_ptr + places, mask=inside, other=0.0)
+    d += d_probs
     if SIGMOID:
         through = probs * (1.0 - probs) * d
     else:
         through = probs * (d - tl.sum(probs * d, 1)[:, None])
-    dl = (through + tl.load(dlogits_ptr + places, mask=inside, other=0.0)) / temperature
+    dl = (through + d_logits) / temperature
     tl.store(dl_ptr + places, dl, mask=inside)
     if LOW:
         low = dl.to(low_ptr.dtype.element_ty)
@@ -227,12 +270,11 @@ def _route_bwd_kernel(
 # -- forward ----------------------------------------------------------------------------------------------------------
 
 
-def mask_rows(expert_mask: Tensor | None, tokens: int, like: Tensor) -> tuple[Tensor, int]:
-    """The expert mask as bytes and the distance between its rows, 0 where all tokens share one."""
-    if expert_mask is None:
-        return like, 0
-    rows = expert_mask.contiguous().view(torch.uint8)
-    return rows, 0 if rows.shape[0] == 1 else rows.shape[1]
+def given_masks(expert_mask: Tensor | None, token_mask: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Both masks as bytes, `like` for None; and the distance between the experts of tokens, 0 where all share them."""
+    allowed, counted = (like if mask is None else mask_bytes(mask) for mask in (expert_mask, token_mask))
+    shares = expert_mask is None or expert_mask.shape[0] == 1
+    return allowed, counted, 0 if shares else expert_mask.shape[1]
 
 
 def _supports(x, weight, bias, noise, *_rest) -> str | None:
@@ -252,19 +294,21 @@ def _plain_logits(x: Tensor, weight: Tensor, bias: Tensor | None, score: str, te
 
 
 @route_op.provider("triton", supports=_supports)
-def route_triton(x, weight, bias, noise, expert_mask, top_k, score, temperature, renormalize, straight_through):
-    """Logits, scores, choice and gates in one kernel; over `widest_fused` experts the logits by torch."""
+def route_triton(
+    x, weight, bias, noise, expert_mask, token_mask, top_k, score, temperature, renormalize, straight_through
+):  # fmt: skip
+    """Logits, scores, choice, gates and planes in one kernel; over `widest_fused` experts the logits by torch."""
     (tokens, width), experts = x.shape, weight.shape[0]
-    choice = (noise, expert_mask, top_k, score, renormalize, straight_through)
+    choice = (noise, expert_mask, token_mask, top_k, score, renormalize, straight_through)
     if power_of_two(experts) > TILES.widest_fused:
         return gates_from_logits_triton(_plain_logits(x, weight, bias, score, temperature), *choice)
     outputs = fake_routing(x, experts, top_k)
-    layer = (x, weight, weight if bias is None else bias)
+    layer = (x, weight, weight if bias is None else bias, x)
     sizes = (tokens, width, experts, top_k, temperature, *x.stride(), *weight.stride())
 
     def run(tile: Tile) -> None:
         flags = {"FUSED": True, "BIAS": bias is not None, "COSINE": score == "cosine", "BLOCK_D": tile.k}
-        _launch_route(layer, outputs[0], outputs, sizes, *choice, tile.m, flags, warps=tile.warps, stages=tile.stages)
+        _launch_route(layer, outputs, sizes, *choice, 1, tile.m, flags, warps=tile.warps, stages=tile.stages)
 
     key = ("route_fwd", bucket(tokens), width, experts, x.dtype)
     run(pick_tile(key, TILES.fused.candidates(tokens, x.dtype), x.device, run))
@@ -272,33 +316,34 @@ def route_triton(x, weight, bias, noise, expert_mask, top_k, score, temperature,
 
 
 def gates_from_logits_triton(
-    logits: Tensor, noise: Tensor | None, expert_mask: Tensor | None, top_k: int, score: str, renormalize: bool,
-    straight_through: bool,
+    logits: Tensor, noise: Tensor | None, expert_mask: Tensor | None, token_mask: Tensor | None, top_k: int, score: str,
+    renormalize: bool, straight_through: bool, count: int = 1,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """gates, indices, values, logits, probs from float32 logits `[T, E]`."""
+    """gates, indices, values, logits, probs, planes from float32 logits `[T, count * E]` of routers side by side."""
     logits = logits.contiguous()
-    (tokens, experts), outputs = logits.shape, fake_routing(logits, logits.shape[1], top_k)
-    rows = max(1, TILES.entries // power_of_two(experts))
+    tokens, experts = logits.shape[0], logits.shape[1] // count
+    outputs = fake_routing(logits, experts, top_k, count)
+    rows, warps = plane_tile(TILES.entries, power_of_two(experts))
     sizes = (tokens, 0, experts, top_k, 1.0, 0, 0, 0, 0)
     flags = {"FUSED": False, "BIAS": False, "COSINE": False, "BLOCK_D": 16}
     _launch_route(
-        (logits,) * 3, logits, outputs, sizes, noise, expert_mask, top_k, score, renormalize, straight_through, rows,
-        flags, warps=4,
+        (logits,) * 4, outputs, sizes, noise, expert_mask, token_mask, top_k, score, renormalize, straight_through,
+        count, rows, flags, warps=warps,
     )  # fmt: skip
     return outputs
 
 
 def _launch_route(
-    layer, raw, outputs, sizes, noise, expert_mask, top_k, score, renormalize, straight_through, rows: int, flags: dict,
-    **launched,
+    layer, outputs, sizes, noise, expert_mask, token_mask, top_k, score, renormalize, straight_through, count: int,
+    rows: int, flags: dict, **launched,
 ) -> None:  # fmt: skip
-    (tokens, experts), like = outputs[0].shape, outputs[0]
-    allowed, stride_allowed = mask_rows(expert_mask, tokens, like)
+    (tokens, _, experts, *_), like = sizes, outputs[0]
+    allowed, counted, stride_allowed = given_masks(expert_mask, token_mask, like)
     launch(
-        _route_fwd_kernel, (ceil_div(tokens, rows),),
-        *layer, raw, like if noise is None else noise.contiguous(), allowed, *outputs, *sizes, stride_allowed,
-        NOISE=noise is not None, MASK=expert_mask is not None, SIGMOID=score == "sigmoid", RENORMALIZE=renormalize,
-        STRAIGHT=straight_through, PRECISION=dot_precision(),
+        _route_fwd_kernel, (ceil_div(tokens, rows), count),
+        *layer, like if noise is None else noise.contiguous(), allowed, counted, *outputs, *sizes, stride_allowed,
+        NOISE=noise is not None, MASK=expert_mask is not None, COUNTED=token_mask is not None,
+        SIGMOID=score == "sigmoid", RENORMALIZE=renormalize, STRAIGHT=straight_through, PRECISION=dot_precision(),
         BLOCK_T=rows, PAD_E=power_of_two(experts), PAD_K=power_of_two(top_k, 1), **flags, **launched,
     )  # fmt: skip
 
@@ -307,45 +352,49 @@ def _launch_route(
 
 
 def logits_gradient_triton(
-    d_gates: Tensor, d_values: Tensor, d_logits: Tensor, d_probs: Tensor, gates: Tensor, indices: Tensor, probs: Tensor,
-    score: str, temperature: float, renormalize: bool, straight_through: bool,
+    d_gates: Tensor | None, d_values: Tensor | None, d_logits: Tensor | None, d_probs: Tensor | None,
+    d_planes: Tensor | None, gates: Tensor, indices: Tensor, logits: Tensor, probs: Tensor, token_mask: Tensor | None,
+    score: str, temperature: float, renormalize: bool, straight_through: bool, count: int = 1,
     more: Tensor | None = None, low: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Gradient of x W^T + b, [T, E] float32.
+    """Gradient of x W^T + b, [T, count * E] float32, of routers side by side.
 
-    `more` [T, E] is added to the gates' gradient; `low` [T, E], rows any distance apart, gets a copy in its dtype.
+    `more`, like the gates, is added to their gradient; `low` [T, E] of one router, rows any distance apart, gets a copy
+    in its dtype.
     """
-    tokens, experts = gates.shape
-    grads = [grad.contiguous() for grad in (d_gates, d_values, d_logits, d_probs)]
-    saved = [tensor.contiguous() for tensor in (gates, indices, probs)]
+    tokens, experts, top_k = gates.shape[0], gates.shape[1] // count, indices.shape[1] // count
+    saved = [tensor.contiguous() for tensor in (gates, indices, logits, probs)]
     dl = torch.empty_like(saved[0])
+    came = dict(GATES=d_gates, MORE=more, VALUES=d_values, LOGITS=d_logits, PROBS=d_probs)
+    grads = [dl if grad is None else grad.contiguous() for grad in came.values()]
+    planes = dl if d_planes is None else dense_rows(d_planes)
     pad = power_of_two(experts)
     rows = max(1, TILES.entries // pad)
     launch(
-        _route_bwd_kernel, (ceil_div(tokens, rows),),
-        *grads, dl if more is None else more, *saved, dl, dl if low is None else low,
-        tokens, experts, indices.shape[1], temperature, 0 if low is None else low.stride(0),
-        MORE=more is not None, LOW=low is not None, SIGMOID=score == "sigmoid", RENORMALIZE=renormalize,
+        _route_bwd_kernel, (ceil_div(tokens * count, rows),),
+        *grads, planes, *saved, dl if token_mask is None else mask_bytes(token_mask), dl, dl if low is None else low,
+        tokens, count, experts, top_k, temperature, planes.stride(0), 0 if low is None else low.stride(0),
+        **{name: grad is not None for name, grad in came.items()}, PLANES=d_planes is not None,
+        COUNTED=token_mask is not None, LOW=low is not None, SIGMOID=score == "sigmoid", RENORMALIZE=renormalize,
         STRAIGHT=straight_through, BLOCK_T=rows, PAD_E=pad, warps=4,
     )  # fmt: skip
     return dl
 
 
-def _supports_backward(d_gates, d_values, d_logits, d_probs, x, weight, gates, *_rest) -> str | None:
+def _supports_backward(d_gates, d_values, d_logits, d_probs, d_planes, x, weight, gates, *_rest) -> str | None:
     if weight.shape[0] > MOST_EXPERTS:
         return f"triton routes to at most {MOST_EXPERTS} experts, got {weight.shape[0]}"
-    return dtype_reason(x, weight) or dtype_reason(d_gates, d_values, d_logits, d_probs, gates)
+    return dtype_reason(x, weight) or dtype_reason(d_gates, d_values, d_logits, d_probs, d_planes, gates)
 
 
 @route_backward_op.provider("triton", supports=_supports_backward)
 def route_backward_triton(
-    d_gates, d_values, d_logits, d_probs, x, weight, gates, indices, probs,
+    d_gates, d_values, d_logits, d_probs, d_planes, x, weight, gates, indices, logits, probs, token_mask,
     score, temperature, renormalize, straight_through, needs,
 ):  # fmt: skip
     """One kernel for the logits' gradient, then the products."""
-    dl = logits_gradient_triton(
-        d_gates, d_values, d_logits, d_probs, gates, indices, probs, score, temperature, renormalize, straight_through
-    )
+    tables = (d_gates, d_values, d_logits, d_probs, d_planes, gates, indices, logits, probs, token_mask)
+    dl = logits_gradient_triton(*tables, score, temperature, renormalize, straight_through)
     dx, dweight = logits_backward(dl, x, weight, score, needs[0], needs[1])
     dbias = dl.sum(0).to(x.dtype) if needs[2] else x.new_empty(0)
     return dx if needs[0] else x.new_empty(0), dweight if needs[1] else x.new_empty(0), dbias
