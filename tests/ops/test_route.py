@@ -145,6 +145,51 @@ def test_gradients_of_padding_without_numbers_are_zero():
         assert theirs.abs().max() > 0 and not ours[~counted].any()
 
 
+ROUTERS = {
+    "softmax": {"top_k": 2},
+    "sigmoid": {"score": "sigmoid", "top_k": 3, "renormalize": True},
+    "cosine, noise": {"score": "cosine", "top_k": 2, "noise": 0.5, "temperature": 0.3},
+    "straight through": {"top_k": 1, "straight_through": True},
+    "forbidden experts": {
+        "top_k": 2,
+        "expert_mask": torch.arange(40)[:, None] % 9 > torch.arange(9),
+        "renormalize": True,
+    },
+}
+
+
+@pytest.mark.parametrize("backend", ["reference", None])
+@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize("choice", ROUTERS)
+def test_a_router_sums_up_what_its_tables_hold(choice: str, padding: bool, backend: str | None, monkeypatch):
+    """Statistics and gradients of a routing with planes, beside those of the same tables without."""
+    monkeypatch.setenv("MLLMCL_BACKEND", backend or "")
+    torch.manual_seed(0)
+    x, weight = torch.randn(40, 6, requires_grad=True), torch.randn(9, 6, requires_grad=True)
+    routing = route(x, weight, token_mask=torch.rand(40) < 0.6 if padding else None, **ROUTERS[choice])
+    tables = replace(routing)
+    assert routing.planes.shape == (3, 30) and tables.planes is None
+    found = []
+    for one in (routing, tables):
+        _, importance, *losses = values = statistics_of(one)
+        total = sum(loss * factor for loss, factor in zip(losses, (1.0, 0.1, 2.0), strict=True))
+        total = total + importance.square().mean() + (one.gates[:, 1] * one.logits[:, 2]).sum()
+        found.append([*values, *torch.autograd.grad(total, (x, weight), retain_graph=True)])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["reference", None])
+def test_a_loss_without_logits_does_not_see_an_infinite_one(backend: str | None):
+    """The logit of an expert that may not be chosen: z is infinite, balance and its gradient are not."""
+    x, weight = torch.randn(20, 4, requires_grad=True), torch.randn(3, 4)
+    bias, allowed = torch.tensor([0.0, 0.5, torch.inf]), torch.tensor([True, True, False])
+    routing = route(x, weight, bias, top_k=1, expert_mask=allowed, backend=backend)
+    assert routing.z_loss() == torch.inf
+    (gradient,) = torch.autograd.grad(routing.balance_loss() + routing.entropy(), x)
+    assert gradient.isfinite().all() and gradient.abs().max() > 0
+
+
 def counting_calls():
     """The op's calls, while it is patched."""
     return mock.patch.object(REGISTRY["routing_statistics"], "_run", wraps=REGISTRY["routing_statistics"]._run)
@@ -164,9 +209,12 @@ def test_statistics_come_from_one_pass_and_copies_make_their_own():
         assert weight.grad.abs().max() > 0
         masked = replace(routing, token_mask=torch.arange(7) < 3)
         assert masked.load.sum() == 6 and calls.call_count == 3
+        doubled = replace(routing, gates=2.0 * routing.gates)
+        assert doubled.planes is None and torch.equal(doubled.importance, 2.0 * routing.importance)
     plain = route(torch.randn(7, 8), weight.detach(), top_k=2)
     before = repr(plain), statistics_of(plain)
     for twin in (copy.copy(plain), copy.deepcopy(plain), pickle.loads(pickle.dumps(plain))):
+        assert torch.equal(twin.planes, plain.planes)
         with counting_calls() as calls:
             assert all(map(torch.equal, statistics_of(twin), before[1])) and calls.call_count == 1
         assert repr(twin) == before[0]

@@ -52,8 +52,8 @@ class RouteTiles:
     #: m tokens, a multiple of PLANE_ROWS, and k columns of x; n is given by E
     fused: Tiles
     widest_fused: int = 128
-    #: entries [rows, PAD_E] that a program without a product holds
-    entries: int = 2048
+    #: entries [rows, PAD_E] that a program without a product holds, where rows are not too long
+    entries: int = 1024
 
 
 TILES = RouteTiles(

@@ -71,19 +71,17 @@ def store_planes(
     planes = block * (BLOCK_T // _ROWS) + tl.arange(0, BLOCK_T // _ROWS)
     here = planes * _ROWS < T
     starts = planes_ptr + planes * stride
+    last = (starts + 3 * E)[:, None]
+    lse = _log_sum(logits, inside)
+    tl.store(last, _by_plane(tl.where(counted, lse * lse, 0.0)[:, None], BLOCK_T, 1), mask=here[:, None])
+    probs = tl.where(inside, probs, 0.0)
+    q, log_q, _ = _normalised(probs)
+    tl.store(last + 1, _by_plane(-tl.sum(q * log_q, 1)[:, None], BLOCK_T, 1), mask=here[:, None])
+    tl.store(last + 2, _by_plane(tl.where(counted, 1.0, 0.0)[:, None], BLOCK_T, 1), mask=here[:, None])
     places, written = starts[:, None] + cols[None, :], here[:, None] & (cols < E)[None, :]
     tl.store(places, _by_plane(tl.where(inside, choices, 0.0), BLOCK_T, PAD_E), mask=written)
     tl.store(places + E, _by_plane(tl.where(inside, gates, 0.0), BLOCK_T, PAD_E), mask=written)
-    probs = tl.where(inside, probs, 0.0)
     tl.store(places + 2 * E, _by_plane(probs, BLOCK_T, PAD_E), mask=written)
-    lse = _log_sum(logits, inside)
-    squares = tl.where(counted, lse * lse, 0.0)
-    q, log_q, _ = _normalised(probs)
-    entropy = -tl.sum(q * log_q, 1)
-    last = (starts + 3 * E)[:, None]
-    tl.store(last, _by_plane(squares[:, None], BLOCK_T, 1), mask=here[:, None])
-    tl.store(last + 1, _by_plane(entropy[:, None], BLOCK_T, 1), mask=here[:, None])
-    tl.store(last + 2, _by_plane(tl.where(counted, 1.0, 0.0)[:, None], BLOCK_T, 1), mask=here[:, None])
 
 
 @triton.jit
