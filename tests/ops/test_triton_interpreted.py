@@ -839,8 +839,9 @@ def test_best_experts_in_groups(score, renormalize, ranks, dropout, masked, dtyp
     args = (x, weight, bias, a, b, router, None, None, allowed, None, seed, *options)
     op, backward = REGISTRY["lora_mix_routed"], REGISTRY["lora_mix_routed_backward"]
     y, s, gates, indices, values, logits, probs, planes = op.reference(*args)
-    outputs = (y, gates, values, logits, probs, planes)
+    outputs = (y, gates, values, logits, probs)
     gradients = [torch.randn(out.shape, generator=generator).to(out.dtype) for out in outputs]
+    gradients.append(0.1 * torch.randn(planes.shape, generator=generator))
     saved = (x, weight, a, b, router, seed, s, gates, indices, logits, probs, None)
     some = [True, False, False, True, False, True, False]
     with grouped(tile) as pairs:
