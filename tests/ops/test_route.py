@@ -271,7 +271,7 @@ def test_statistics_beside_the_reference_of_the_same_dtype(name: str):
     op = REGISTRY[name]
     for sample in op.samples(torch.device("cpu"), torch.float32, 35):
         ours, theirs = op(*sample.args), op(*sample.args, backend="reference")
-        torch.testing.assert_close(ours, theirs, equal_nan=True, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(ours, theirs, equal_nan=True, rtol=1e-5, atol=5e-6)
 
 
 def test_an_expert_out_of_reach_has_the_gradient_that_torch_gives():
