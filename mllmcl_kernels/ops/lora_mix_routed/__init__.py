@@ -12,7 +12,7 @@ from ...dropout import draw_seed
 from ...op import Cost, Op
 from ..lora_mix import _cost as mix_cost
 from ..lora_mix import check_call, in_one_dtype
-from ..route import Routing, check_options, check_router, fake_routing, wrap_routing
+from ..route import Routing, check_options, check_router, fake_routing, table_bytes, wrap_routing
 from .reference import lora_mix_routed_backward_reference, lora_mix_routed_reference
 from .samples import backward_samples, bad_samples, samples
 
@@ -64,7 +64,7 @@ def _backward(ctx, dy, _ds, d_gates, _d_indices, *d_tables):
 def _cost(x, weight, bias, lora_a, lora_b, router_weight, *_rest) -> Cost:
     mix = mix_cost(x, weight, bias, lora_a, lora_b, None)
     tokens, experts = x.shape[0], router_weight.shape[0]
-    return Cost(flops=mix.flops + 2 * tokens * x.shape[1] * experts, bytes=mix.bytes + 4 * tokens * 3 * experts)
+    return Cost(flops=mix.flops + 2 * tokens * x.shape[1] * experts, bytes=mix.bytes + table_bytes(tokens, experts))
 
 
 lora_mix_routed_backward_op = Op(

@@ -54,7 +54,7 @@ __all__ = ["merged_weights"]
 class RoutedTiles:
     """Tiles of the merged kernel, and the most columns R + E that a program holds."""
 
-    #: m tokens, k columns of x; all ranks and all experts in every program
+    #: m tokens, a multiple of PLANE_ROWS, and k columns of x; all ranks and all experts in every program
     shrink: Tiles
     widest: int = 256
 

@@ -20,7 +20,7 @@ from ...checks import (
     expect_tensor,
 )
 from ...op import Cost, Op
-from ..routing_planes import fake_planes
+from ..routing_planes import PLANE_ROWS, fake_planes
 from .reference import route_backward_reference, route_reference
 from .routing import Routing, with_planes
 from .samples import backward_samples, bad_samples, samples
@@ -71,10 +71,15 @@ def _backward(ctx, d_gates, _d_indices, *grads):
     return (*(grad if need else None for need, grad in zip(needs, found, strict=True)), *([None] * 8))
 
 
+def table_bytes(tokens: int, experts: int) -> int:
+    """Bytes of a router's three tables and of their planes, in float32."""
+    return 4 * (3 * tokens * experts + -(-tokens // PLANE_ROWS) * (3 * experts + 3))
+
+
 def _cost(x, weight, *_rest) -> Cost:
     tokens, width = x.shape
     experts = weight.shape[0]
-    return Cost(flops=2 * tokens * width * experts, bytes=x.numel() * x.element_size() + 4 * tokens * 3 * experts)
+    return Cost(flops=2 * tokens * width * experts, bytes=x.numel() * x.element_size() + table_bytes(tokens, experts))
 
 
 route_backward_op = Op(
