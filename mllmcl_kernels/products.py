@@ -20,6 +20,8 @@ LIBRARY.define("few_rows(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out) 
 LEAST = 1 << 19
 #: rows from which oneDNN is ahead where the second matrix lies transposed in memory
 LEAST_ROWS = 8
+#: depth of a product from which oneDNN and a sum behind it are ahead of torch's product that adds
+LEAST_DEPTH = 160
 #: entries of the second matrix from which it does not stay in a core's cache
 LEAST_MEMORY = 1 << 20
 
@@ -79,8 +81,8 @@ def product_nt(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def add_product_nt(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a b^T, in the product itself where the library that is the faster one here can."""
-    if has_few_rows(a) or _runs_onednn(a, b):
+    """out += a b^T, in the product itself where that is the faster way."""
+    if has_few_rows(a) or (a.shape[1] >= LEAST_DEPTH and _runs_onednn(a, b)):
         out.add_(product_nt(a, b))
     else:
         out.addmm_(a, b.t())

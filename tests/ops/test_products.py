@@ -1,4 +1,4 @@
-"""`product_nt`: the same numbers whichever library multiplies."""
+"""`product_nt` and `add_product_nt`: the same numbers whichever library multiplies."""
 
 from __future__ import annotations
 
@@ -106,3 +106,23 @@ def test_which_library_multiplies_follows_from_processor_and_layout(monkeypatch)
     monkeypatch.setattr(products, "IS_MKL_AT_HOME", False)
     assert products._pays_onednn(64, large.t()) and products._pays_onednn(512, small)
     assert not products._pays_onednn(2, large.t()) and not products._pays_onednn(1, small)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("runs", [False, True])
+@pytest.mark.parametrize(("rows", "depth"), [(0, 8), (3, 20), (130, 96), (130, 200)])
+def test_a_product_is_added_by_whichever_library(rows, depth, runs, transposed, monkeypatch):
+    """On both sides of the depth at which the way changes; in half precision torch's product alone."""
+    monkeypatch.setattr(
+        products, "_runs_onednn", lambda a, b: runs and products.HAS_ONEDNN and a.dtype == torch.float32
+    )
+    generator = torch.Generator().manual_seed(rows + depth)
+    out, a, b = (torch.randn(*shape, generator=generator) for shape in ((rows, 64), (rows, depth), (64, depth)))
+    b = b.t().contiguous().t() if transposed else b
+    truth, ours = out.double() + a.double() @ b.double().t(), out.clone()
+    products.add_product_nt(ours, a, b)
+    off = excess(ours, torch.addmm(out, a, b.t()), truth)
+    assert off.passes, off
+    half = out.bfloat16()
+    products.add_product_nt(half, a.bfloat16(), b.bfloat16())
+    assert torch.equal(half, torch.addmm(out.bfloat16(), a.bfloat16(), b.bfloat16().t()))

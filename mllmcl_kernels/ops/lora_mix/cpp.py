@@ -14,7 +14,7 @@ from torch.library import Library
 
 from ...dropout import threshold
 from ...layouts import by_columns
-from ...products import has_few_rows, product_nt
+from ...products import add_product_nt, has_few_rows, product_nt
 from . import lora_mix_backward_op, lora_mix_op
 from .reference import expert_of_rank
 
@@ -169,7 +169,7 @@ def lora_mix_cpp(x, weight, bias, lora_a, lora_b, gates, seed, ranks, scaling, t
     elif gates is None and len(set(scaling)) == 1:
         y.addmm_(s, lora_b.t(), alpha=scaling[0])
     else:
-        y.addmm_(mixed_ranks(s, gates, ranks, scaling), lora_b.t())
+        add_product_nt(y, mixed_ranks(s, gates, ranks, scaling), lora_b)
     return y, s
 
 
@@ -254,15 +254,15 @@ def lora_mix_backward_cpp(
         return _backward_of_runs(
             runs, dy, x, weight, lora_a, lora_b, seed, s, ranks, trainable, dropout, needs
         )  # fmt: skip
-    u = torch.mm(dy, lora_b)
+    u = product_nt(dy, lora_b.t())
     ds, mixed = torch.empty_like(u), torch.empty_like(u)
     dgates = torch.empty_like(gates) if needs_gates else x.new_empty(0)
     OPS.rank_gate_backward(u, s, gates, *rank_tables(ranks, scaling), ds, mixed, dgates)
     dx, dweight, dbias = _base_gradients(dy, x, weight, needs)
     if needs_x and dropout == 0.0:
-        dx.addmm_(ds, lora_a)
+        add_product_nt(dx, ds, lora_a.t())
     elif needs_x:
-        OPS.dropout(torch.mm(ds, lora_a), seed, threshold(dropout), 1.0 / (1.0 - dropout), True, dx)
+        OPS.dropout(product_nt(ds, lora_a.t()), seed, threshold(dropout), 1.0 / (1.0 - dropout), True, dx)
     x_dropped = dropped(x, seed, dropout) if needs_a else x
     da, db = lora_gradients(dy, x_dropped, ds, mixed, lora_b, ranks, trainable, needs_a, needs_b)
     return dx, dweight, dbias, da, db, dgates

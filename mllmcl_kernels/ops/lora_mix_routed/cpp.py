@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...products import product_nt
+from ...products import add_product_nt, product_nt
 from ..lora_mix.cpp import OPS as RANK_OPS
 from ..lora_mix.cpp import (
     by_rank,
@@ -58,7 +58,7 @@ def lora_mix_routed_cpp(
     logits = (logits / temperature).contiguous()
     routing = gates_from_logits(logits, *masks, top_k, score, renormalize, straight_through)
     y = product_nt(x, weight, bias)
-    y.addmm_(mixed_ranks(s, routing[0], ranks, scaling), lora_b.t())
+    add_product_nt(y, mixed_ranks(s, routing[0], ranks, scaling), lora_b)
     return y, s, *routing
 
 
@@ -80,7 +80,7 @@ def lora_mix_routed_backward_cpp(
         return dx.add_(dx_router) if needs[0] else dx, dweight, dbias, da, db, drouter, drouter_bias
     dy, x = dy.contiguous(), x.contiguous()
     empty = x.new_empty(0)
-    u, rank, experts = torch.mm(dy, lora_b), lora_a.shape[0], router_weight.shape[0]
+    u, rank, experts = product_nt(dy, lora_b.t()), lora_a.shape[0], router_weight.shape[0]
     # [ds | dl] is one tensor, so that dx takes one product, and dA and dW_r another
     extended = u.new_empty(u.shape[0], rank + experts)
     mixed, through = torch.empty_like(u), torch.empty_like(gates)
@@ -91,7 +91,7 @@ def lora_mix_routed_backward_cpp(
     dx = dweight = dbias = empty
     if needs[0]:
         dx = product_nt(dy, weight.t())
-        dx.addmm_(extended, torch.cat([lora_a, router_weight]))
+        add_product_nt(dx, extended, torch.cat([lora_a, router_weight]).t())
     if needs[1]:
         dweight = product_nt(dy.t(), x.t())
     if needs[2]:

@@ -91,9 +91,9 @@ def input_gradient(
     for d, one in zip(dy[1:], weight[1:], strict=True):
         add_product_nt(dx, d, one.t())
     if dropout == 0.0:
-        dx.addmm_(ds, lora_a)
+        add_product_nt(dx, ds, lora_a.t())
     else:
-        OPS.dropout(torch.mm(ds, lora_a), seed, threshold(dropout), 1.0 / (1.0 - dropout), True, dx)
+        OPS.dropout(product_nt(ds, lora_a.t()), seed, threshold(dropout), 1.0 / (1.0 - dropout), True, dx)
     return dx
 
 
